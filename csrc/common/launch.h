@@ -1,0 +1,36 @@
+#pragma once
+// Lets a .cu file be compiled twice: by nvcc (namespace cuda) and, on simt/simt.h, by g++ (namespace simt).
+//   LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...)   launches and checks the launch
+//   SHARED(type, name, [count])            static shared memory:   SHARED(float, tile, [32][33]);
+//   DYNAMIC_SHARED(type, name)             the block's dynamic shared memory as type* name
+//   fill_bytes(pointer, byte, bytes, stream)
+#include "common/hd.h"
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define GPU_NS cuda
+#define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
+#define DYNAMIC_SHARED(type, name)                                       \
+  extern __shared__ __align__(16) unsigned char octavo_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(octavo_dynamic_shared)
+#define LAUNCH(kernel, grid, block, smem, stream, ...)                             \
+  do {                                                                             \
+    kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::octavo::check_cuda(cudaGetLastError(), "launch of " #kernel);                \
+  } while (0)
+
+namespace octavo {
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("octavo: ") + what + ": " + cudaGetErrorString(status));
+}
+inline void fill_bytes(void* data, int byte, size_t bytes, Stream stream) {
+  check_cuda(cudaMemsetAsync(data, byte, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+}  // namespace octavo
+#else
+#include "simt/simt.h"
+#endif

@@ -1,0 +1,44 @@
+#pragma once
+#include "common/dtype.h"
+
+namespace octavo {
+
+// out[i, j] = dequantize(sum_k a[i, k] * b[j, k], a_scale[i], b_scale[j], sum8, sum16, bias[j])   (numeric.h)
+// or, with out_dtype i32, the sum itself. The integer sum is exact for k <= kMaxK; the op checks that.
+//
+// The outlier columns (x not null) ride in the same kernel: for c = columns[0 .. *count), ascending,
+//   sum16 = fmaf(x[i, c], outlier_weight[outlier_slot[c], j], sum16)   where outlier_slot[c] >= 0
+//   sum8  = fmaf(x[i, c], float(b[j, c]), sum8)                        elsewhere
+// The caller has set a[:, c] to 0 for those columns.
+struct Int8Gemm {
+  const int8_t *a, *b;             // [m, k], [n, k]
+  const float *a_scale, *b_scale;  // [m] and [n], or [1] where the stride is 0; null with out_dtype i32
+  int64_t a_scale_stride, b_scale_stride;
+  const void* bias;  // [n] or null
+  DType bias_dtype;
+  void* out;  // [m, n]
+  DType out_dtype;
+  int64_t m, n, k;
+
+  const void* x;  // [m, k] or null
+  DType x_dtype;
+  const int32_t *columns, *count;  // [k], [1]; *count is read on the device
+  const int32_t* outlier_slot;     // [k] or null: the row of outlier_weight, or -1
+  const void* outlier_weight;      // [slots, n]
+  DType outlier_weight_dtype;
+};
+
+// 128 * 128 * kMaxK < 2^31: no partial sum of int8 products leaves int32.
+constexpr int64_t kMaxK = 131071;
+
+namespace cpu {
+void int8_gemm(const Int8Gemm&, Stream);
+}
+namespace cuda {
+void int8_gemm(const Int8Gemm&, Stream);
+}
+namespace simt {
+void int8_gemm(const Int8Gemm&, Stream);
+}
+
+}  // namespace octavo

@@ -1,0 +1,66 @@
+#pragma once
+#include "common/dtype.h"
+
+namespace octavo {
+
+// All tensors are contiguous and row-major; x is read in its own dtype; the arithmetic is common/numeric.h.
+
+// codes[i, j] = encode(x[i, j], 127 / absmax_i), scale[i] = absmax_i / 127. With threshold > 0, elements with
+// |x| >= threshold are outliers: they are left out of the absmax and coded 0, and flags[j] becomes 1.
+struct QuantizeRows {
+  const void* x;  // [rows, cols]
+  DType dtype;
+  int8_t* codes;    // [rows, cols]
+  float* scale;     // [rows]
+  uint8_t* flags;   // [cols] or null; the kernel writes all of it (0 or 1)
+  float threshold;  // 0: no outliers
+  int64_t rows, cols;
+};
+
+// Per column, or per tensor (scale[1]). One struct for both and for rows + columns together.
+struct QuantizeColumns {
+  const void* x;  // [rows, cols]
+  DType dtype;
+  int8_t* codes;      // [rows, cols], by the column's scale
+  float* scale;       // [cols]
+  uint32_t* absmax;   // [cols] workspace: abs_bits
+  int8_t* row_codes;  // [rows, cols] by the row's scale, or null
+  float* row_scale;   // [rows] or null
+  int64_t rows, cols;
+};
+
+struct QuantizeTensor {
+  const void* x;  // [count]
+  DType dtype;
+  int8_t* codes;     // [count]
+  float* scale;      // [1]
+  uint32_t* absmax;  // [1] workspace: abs_bits
+  int64_t count;
+};
+
+// out[i, j] = codes[i, j] * scale[i]
+struct DequantizeRows {
+  const int8_t* codes;  // [rows, cols]
+  const float* scale;   // [rows]
+  void* out;            // [rows, cols]
+  DType dtype;
+  int64_t rows, cols;
+};
+
+#define OCTAVO_QUANTIZE_KERNELS                          \
+  void quantize_rows(const QuantizeRows&, Stream);       \
+  void quantize_columns(const QuantizeColumns&, Stream); \
+  void quantize_tensor(const QuantizeTensor&, Stream);   \
+  void dequantize_rows(const DequantizeRows&, Stream);
+namespace cpu {
+OCTAVO_QUANTIZE_KERNELS
+}
+namespace cuda {
+OCTAVO_QUANTIZE_KERNELS
+}
+namespace simt {
+OCTAVO_QUANTIZE_KERNELS
+}
+#undef OCTAVO_QUANTIZE_KERNELS
+
+}  // namespace octavo
