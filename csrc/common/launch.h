@@ -4,6 +4,7 @@
 //   SHARED(type, name, [count])            static shared memory:   SHARED(float, tile, [32][33]);
 //   DYNAMIC_SHARED(type, name)             the block's dynamic shared memory as type* name
 //   fill_bytes(pointer, byte, bytes, stream)
+//   UNROLL                                 before a loop whose arrays must stay in registers
 #include "common/hd.h"
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -12,6 +13,7 @@
 #include <string>
 
 #define GPU_NS cuda
+#define UNROLL _Pragma("unroll")
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name)                                       \
   extern __shared__ __align__(16) unsigned char octavo_dynamic_shared[]; \
@@ -32,5 +34,6 @@ inline void fill_bytes(void* data, int byte, size_t bytes, Stream stream) {
 }
 }  // namespace octavo
 #else
+#define UNROLL
 #include "simt/simt.h"
 #endif
