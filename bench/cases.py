@@ -1,0 +1,67 @@
+"""The shapes, once: tests and benches read them here. Pure data, so that a test may import it without octavo built.
+
+A shape is (m, n, k): activations [m, k], weight [n, k], result [m, n].
+"""
+
+from __future__ import annotations
+
+Shape = tuple[int, int, int]
+
+# For correctness: one element, ragged in every dimension, exact tiles, one past them, and one layer of a small real model.
+GEMM_TEST_SHAPES: tuple[Shape, ...] = (
+    (1, 1, 1),
+    (1, 3, 64),
+    (2, 17, 31),
+    (5, 7, 3),
+    (8, 16, 65),
+    (16, 32, 256),
+    (17, 15, 127),
+    (33, 65, 130),
+    (64, 64, 64),
+    (129, 33, 257),
+    (64, 576, 1536),
+)
+
+# Rows x columns for quantization, outlier search and extraction.
+QUANTIZE_TEST_SHAPES: tuple[tuple[int, int], ...] = (
+    (1, 1),
+    (1, 17),
+    (3, 5),
+    (7, 64),
+    (16, 31),
+    (5, 1023),
+    (33, 130),
+    (64, 576),
+    (2, 11008),
+)
+
+# What an empty or degenerate call must survive.
+EMPTY_GEMM_SHAPES: tuple[Shape, ...] = ((0, 4, 8), (4, 0, 8), (4, 8, 0), (0, 0, 0))
+
+# For speed: decode (1), a small batch (16), prefill (128 and up), on a square projection and a 7B model's MLP pair.
+BENCH_ROWS = (1, 16, 128, 256, 512)
+BENCH_LAYERS: dict[str, tuple[int, int]] = {  # name -> (n, k)
+    "4096x4096": (4096, 4096),
+    "11008x4096": (11008, 4096),
+    "4096x11008": (4096, 11008),
+}
+# SmolLM2-135M's layers: hidden 576, MLP 1536, 3 key/value heads of 64. Small enough that call overhead shows.
+SMALL_LAYERS: dict[str, tuple[int, int]] = {
+    "576x576": (576, 576),
+    "192x576": (192, 576),
+    "1536x576": (1536, 576),
+    "576x1536": (576, 1536),
+}
+QUICK_ROWS = (1, 16, 256)
+QUICK_LAYERS: dict[str, tuple[int, int]] = {"4096x4096": (4096, 4096)}
+
+# quantize_rowwise: a decode row, a prefill block, and one that no cache holds.
+QUANTIZE_BENCH_SHAPES: tuple[tuple[int, int], ...] = ((1, 4096), (512, 4096), (4096, 11008))
+
+# Outlier columns of the "outliers" inputs: no more than 7 were seen in models up to 13B (arXiv 2208.07339).
+OUTLIER_COLUMNS = 7
+
+
+def gemm_shapes(rows: tuple[int, ...], layers: dict[str, tuple[int, int]]) -> list[Shape]:
+    """Every m with every layer, layer by layer."""
+    return [(m, n, k) for n, k in layers.values() for m in rows]
