@@ -1,0 +1,1 @@
+#include "int8/gemm_cuda.cu"

@@ -1,0 +1,1 @@
+#include "int8/quantize_cuda.cu"

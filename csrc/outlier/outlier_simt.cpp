@@ -1,0 +1,1 @@
+#include "outlier/outlier_cuda.cu"

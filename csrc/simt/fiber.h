@@ -1,0 +1,43 @@
+#pragma once
+#include <cstddef>
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace octavo::simt_machine {
+
+// A stack of its own that runs `body(argument)`; the body never returns. One thread drives it: resume() runs the body
+// until it calls suspend(), suspend() goes back to where resume() was called. A guard page ends the stack.
+class Fiber {
+ public:
+  Fiber(void (*body)(void*), void* argument);
+  ~Fiber();
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+
+  void resume();
+  void suspend();
+  // To ThreadSanitizer the fiber is from now on a new thread, ordered after the caller alone.
+  void become_new_thread();
+
+ private:
+#if defined(__x86_64__)
+  using Context = void*;  // the stack pointer; everything else is on the stack
+#else
+  using Context = ucontext_t;
+#endif
+  [[noreturn]] static void enter(Fiber* self);
+  static void switch_context(Context& from, Context& to);
+
+  void (*body_)(void*);
+  void* argument_;
+  char* stack_;
+  Context own_{}, driver_{};
+  // Sanitizer state, unused without one; always there so that the layout does not depend on flags.
+  void *own_fake_stack_ = nullptr, *driver_fake_stack_ = nullptr;
+  const void* driver_stack_ = nullptr;
+  size_t driver_stack_bytes_ = 0;
+  void *own_thread_ = nullptr, *driver_thread_ = nullptr;
+};
+
+}  // namespace octavo::simt_machine
