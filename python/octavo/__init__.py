@@ -1,0 +1,67 @@
+"""octavo: low-bit deep learning on PyTorch, compiled for CUDA and CPU. See the README for what it computes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  loads the libraries that _C links to
+
+from . import _C, nn, reference
+from ._version import __version__
+from .autograd import int8_linear_train, int8_matmul
+from .ops import (
+    dequantize_rowwise,
+    extract_columns,
+    extract_int8_columns,
+    find_outlier_columns,
+    int8_gemm,
+    int8_linear,
+    int8_mm,
+    quantize_columnwise,
+    quantize_rowwise,
+    quantize_rowwise_columnwise,
+    quantize_tensorwise,
+)
+from .quantize import Report, quantize_model
+from .serialization import load_quantized, save_quantized
+
+if TYPE_CHECKING:
+    from .integrations.transformers import OctavoConfig
+
+__all__ = [
+    "OctavoConfig",
+    "Report",
+    "__version__",
+    "cuda_built",
+    "dequantize_rowwise",
+    "extract_columns",
+    "extract_int8_columns",
+    "find_outlier_columns",
+    "int8_gemm",
+    "int8_linear",
+    "int8_linear_train",
+    "int8_matmul",
+    "int8_mm",
+    "load_quantized",
+    "nn",
+    "quantize_columnwise",
+    "quantize_model",
+    "quantize_rowwise",
+    "quantize_rowwise_columnwise",
+    "quantize_tensorwise",
+    "reference",
+    "save_quantized",
+]
+
+
+def cuda_built() -> bool:
+    """Whether this build has the CUDA kernels."""
+    return bool(_C.build_info()["cuda"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OctavoConfig":  # importing it imports transformers and registers the quantizer there
+        from .integrations.transformers import OctavoConfig
+
+        return OctavoConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Bridges to other libraries. None of them is imported by `import octavo`."""
