@@ -29,8 +29,11 @@ struct dtype_of<BFloat16> {
 };
 
 // Calls f(T{}) with T = float, Half or BFloat16. The op has checked the dtype: nothing else arrives here.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f may be host code: then only the host calls this
+#endif
 template <class F>
-inline void dispatch_float(DType dtype, const F& f) {
+HD void dispatch_float(DType dtype, const F& f) {
   switch (dtype) {
     case DType::f32: return f(float{});
     case DType::f16: return f(Half{});

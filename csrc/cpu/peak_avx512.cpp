@@ -1,4 +1,5 @@
-#if defined(__x86_64__)
+#include "cpu/isa.h"
+#if OCTAVO_MAX_ISA >= 2
 #include <immintrin.h>
 
 #include "cpu/peak.h"

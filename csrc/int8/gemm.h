@@ -7,7 +7,7 @@ namespace octavo {
 // or, with out_dtype i32, the sum itself. The integer sum is exact for k <= kMaxK; the op checks that.
 //
 // The outlier columns (x not null) ride in the same kernel: for c = columns[0 .. *count), ascending,
-//   sum16 = fmaf(x[i, c], outlier_weight[outlier_slot[c], j], sum16)   where outlier_slot[c] >= 0
+//   sum16 = fmaf(x[i, c], outlier_weight[outlier_slot[c], j], sum16)   where 0 <= outlier_slot[c] < outlier_slots
 //   sum8  = fmaf(x[i, c], float(b[j, c]), sum8)                        elsewhere
 // The caller has set a[:, c] to 0 for those columns.
 struct Int8Gemm {
@@ -23,9 +23,10 @@ struct Int8Gemm {
   const void* x;  // [m, k] or null
   DType x_dtype;
   const int32_t *columns, *count;  // [k], [1]; *count is read on the device
-  const int32_t* outlier_slot;     // [k] or null: the row of outlier_weight, or -1
+  const int32_t* outlier_slot;     // [k] or null: the row of outlier_weight; outside [0, outlier_slots): not kept
   const void* outlier_weight;      // [slots, n]
   DType outlier_weight_dtype;
+  int64_t outlier_slots;
 };
 
 // 128 * 128 * kMaxK < 2^31: no partial sum of int8 products leaves int32.

@@ -16,7 +16,8 @@ def _scales(absmax: Tensor) -> tuple[Tensor, Tensor]:
     """scale = absmax / 127 and 127 / absmax, both rounded once to fp32, with the meaning of special values."""
     tiny, bad = absmax < _MIN_ABSMAX, ~torch.isfinite(absmax)
     scale = torch.where(tiny, 0.0, absmax / 127.0).masked_fill(bad, torch.nan)
-    return scale, torch.where(tiny | bad, 0.0, 127.0 / absmax)
+    # A tensor / tensor division: Python's 127.0 / absmax would be absmax.reciprocal() * 127, rounded twice.
+    return scale, torch.where(tiny | bad, 0.0, torch.div(torch.tensor(127.0), absmax))
 
 
 def _encode(x: Tensor, inverse: Tensor, drop: Tensor) -> Tensor:

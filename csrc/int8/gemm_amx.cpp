@@ -1,0 +1,114 @@
+#include "cpu/isa.h"
+#if OCTAVO_MAX_ISA >= 3
+#include <immintrin.h>
+
+#include "common/numeric.h"
+#include "int8/gemm.h"
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")  // amx.h writes its instructions as asm
+#define OCTAVO_ISA_LOOPS
+#include "cpu/amx.h"
+#include "cpu/vec_avx512.h"
+#include "int8/gemm_tile.h"
+
+namespace octavo::cpu::amx {
+namespace {
+
+// Tiles compute (b a^T): 16 rows of b, 64 bytes of k each, are a left operand as they lie in memory, so the weight
+// needs no packing; the right operand, 16 rows of a with k in quads, is what pack() makes of the codes.
+//   packed[group][step][quad][row][4] = a[group * 16 + row][step * 64 + quad * 4 ...], zeros outside
+constexpr int kTileBytes = 16 * 64;
+
+void pack(const Int8Gemm& p, int8_t* packed, int64_t begin, int64_t end) {
+  const int64_t steps = ceil_div(p.k, kPackK);
+  for (int64_t group = begin; group < end; ++group)
+    for (int64_t step = 0; step < steps; ++step) {
+      int8_t* tile = packed + (group * steps + step) * kTileBytes;
+      const int64_t width = p.k - step * 64 < 64 ? p.k - step * 64 : 64;
+      for (int64_t row = 0; row < 16; ++row) {
+        alignas(64) int8_t line[64] = {};
+        if (group * 16 + row < p.m) __builtin_memcpy(line, p.a + (group * 16 + row) * p.k + step * 64, width);
+        for (int64_t quad = 0; quad < 16; ++quad) __builtin_memcpy(tile + quad * 64 + row * 4, line + quad * 4, 4);
+      }
+    }
+}
+
+// 16 rows of b from row j, 64 bytes from step * 64. At the edges they go through a zeroed copy: nothing outside b is
+// read, and padding contributes nothing.
+struct BTile {
+  const int8_t* data;
+  int64_t stride;
+};
+BTile b_tile(const Int8Gemm& p, int64_t j, int64_t step, int8_t* copy) {
+  const int64_t rows = p.n - j < 16 ? p.n - j : 16, width = p.k - step * 64 < 64 ? p.k - step * 64 : 64;
+  const int8_t* from = p.b + j * p.k + step * 64;
+  if (rows == 16 && width == 64) return {from, p.k};
+  __builtin_memset(copy, 0, kTileBytes);
+  for (int64_t r = 0; r < rows; ++r) __builtin_memcpy(copy + r * 64, from + r * p.k, width);
+  return {copy, 64};
+}
+
+// acc[i][j] from a tile of sums held transposed, [j][i].
+void write(const GemmTile& t, int64_t i, int64_t j, const int32_t* sums) {
+  const int64_t rows = t.rows - i < 16 ? t.rows - i : 16;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < 16; ++c) t.acc[(i + r) * kTileN + j + c] = sums[c * 16 + r];
+}
+
+// 32 rows of a x 32 rows of b: 4 accumulators, 4 multiplications for 4 loads; at the edges, what there is of them.
+void multiply(const GemmTile& t) {
+  const Int8Gemm& p = *t.p;
+  const int64_t steps = ceil_div(p.k, kPackK), groups = ceil_div(t.rows, 16);
+  alignas(64) int8_t copy[2][kTileBytes];
+  alignas(64) int32_t sums[256];
+  amx_begin();
+  for (int64_t j = 0; j < t.cols; j += 32)
+    for (int64_t group = 0; group < groups; group += 2) {
+      const bool two_a = group + 1 < groups, two_b = j + 16 < t.cols;
+      const int8_t* a0 = t.a + (t.i0 / 16 + group) * steps * kTileBytes;
+      const int8_t* a1 = two_a ? a0 + steps * kTileBytes : a0;
+      amx_zero<0>();
+      amx_zero<1>();
+      amx_zero<2>();
+      amx_zero<3>();
+      for (int64_t step = 0; step < steps; ++step) {
+        const BTile b0 = b_tile(p, t.j0 + j, step, copy[0]);
+        amx_load<4>(b0.data, b0.stride);
+        amx_load<6>(a0 + step * kTileBytes, 64);
+        amx_multiply<0, 4, 6>();
+        if (two_a) {
+          amx_load<7>(a1 + step * kTileBytes, 64);
+          amx_multiply<1, 4, 7>();
+        }
+        if (two_b) {
+          const BTile b1 = b_tile(p, t.j0 + j + 16, step, copy[1]);
+          amx_load<5>(b1.data, b1.stride);
+          amx_multiply<2, 5, 6>();
+          if (two_a) amx_multiply<3, 5, 7>();
+        }
+      }
+      amx_store<0>(sums, 64);
+      write(t, group * 16, j, sums);
+      if (two_a) {
+        amx_store<1>(sums, 64);
+        write(t, group * 16 + 16, j, sums);
+      }
+      if (two_b) {
+        amx_store<2>(sums, 64);
+        write(t, group * 16, j + 16, sums);
+      }
+      if (two_a && two_b) {
+        amx_store<3>(sums, 64);
+        write(t, group * 16 + 16, j + 16, sums);
+      }
+    }
+  amx_end();
+}
+
+}  // namespace
+
+using Epilogue = GemmEpilogue<avx512::Vec>;
+constexpr GemmLoops gemm_loops = {pack, multiply, Epilogue::add_outliers, Epilogue::epilogue};
+
+}  // namespace octavo::cpu::amx
+#endif

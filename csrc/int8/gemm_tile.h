@@ -1,0 +1,98 @@
+#pragma once
+// What gemm_cpu.cpp asks of an ISA level, and the epilogue, written once over a vector type V (cpu/vec_*.h).
+#include "int8/gemm.h"
+
+namespace octavo::cpu {
+
+// One task of the CPU GEMM: rows [i0, i0 + rows) x columns [j0, j0 + cols) of the output.
+struct GemmTile {
+  const Int8Gemm* p;
+  const int8_t* a;  // p->a, or what pack() made of it
+  int64_t i0, j0, rows, cols;
+  int32_t* acc;  // [rows, kTileN] the integer sums
+  float* sum8;   // [rows, kTileN] the outlier parts, or null when there are none
+  float* sum16;
+};
+
+constexpr int64_t kTileM = 96, kTileN = 64;  // an A block of 96 x 4096 codes stays in L2 while B passes through L1
+constexpr int64_t kOutlierChunk = 128;       // outlier columns gathered at a time: 128 * 64 floats fit in L1
+constexpr int64_t kPackK = 64, kPackM = 16;  // pack() pads k and m to these
+
+struct GemmLoops {
+  // The form of a that multiply() reads: [ceil(m / 16) * 16, ceil(k / 64) * 64] bytes; null: a itself.
+  void (*pack)(const Int8Gemm&, int8_t* packed, int64_t begin, int64_t end);  // groups of kPackM rows
+  void (*multiply)(const GemmTile&);                                          // fills acc
+  // Adds outlier columns to sum8 (slots null or -1) and sum16: w[c, j] = the weights of columns[c], gathered.
+  void (*add_outliers)(const GemmTile&, const int32_t* columns, int64_t count, const float* w, const uint8_t* is_kept);
+  void (*epilogue)(const GemmTile&, const float* bias);  // acc -> out; bias fp32 [kTileN], or null
+};
+
+namespace portable {
+extern const GemmLoops gemm_loops;
+}
+namespace avx2 {
+extern const GemmLoops gemm_loops;
+}
+namespace avx512 {
+extern const GemmLoops gemm_loops;
+}
+namespace amx {
+extern const GemmLoops gemm_loops;
+}
+
+#ifdef OCTAVO_ISA_LOOPS
+namespace {
+
+template <class V>
+struct GemmEpilogue {
+  using F = typename V::F;
+
+  static void add_outliers(const GemmTile& t, const int32_t* columns, int64_t count, const float* w,
+                           const uint8_t* is_kept) {
+    const Int8Gemm& p = *t.p;
+    dispatch_float(p.x_dtype, [&](auto type) {
+      const auto* x = static_cast<const decltype(type)*>(p.x) + t.i0 * p.k;
+      for (int64_t i = 0; i < t.rows; ++i)
+        for (int64_t c = 0; c < count; ++c) {
+          const F value = V::set(to_float(x[i * p.k + columns[c]]));
+          float* sum = (is_kept[c] ? t.sum16 : t.sum8) + i * kTileN;
+          const float* row = w + c * kTileN;
+          for (int64_t j = 0; j < kTileN; j += V::kWidth)
+            V::store(sum + j, V::fma(value, V::load(row + j), V::load(sum + j)));
+        }
+    });
+  }
+
+  template <class T>
+  static void write(const GemmTile& t, const float* bias) {
+    const Int8Gemm& p = *t.p;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      T* out = static_cast<T*>(p.out) + (t.i0 + i) * p.n + t.j0;
+      const int32_t* acc = t.acc + i * kTileN;
+      const F a_scale = V::set(p.a_scale[(t.i0 + i) * p.a_scale_stride]);
+      for (int64_t j = 0; j < t.cols; j += V::kWidth) {
+        const int n = t.cols - j < V::kWidth ? static_cast<int>(t.cols - j) : V::kWidth;
+        const F b_scale = p.b_scale_stride ? V::load(p.b_scale + t.j0 + j, n) : V::set(p.b_scale[0]);
+        F rest = bias ? V::load(bias + j) : V::set(0.0f);
+        if (t.sum8) {
+          rest = V::add(V::load(t.sum16 + i * kTileN + j), rest);
+          rest = V::fma(V::load(t.sum8 + i * kTileN + j), b_scale, rest);
+        }
+        V::store(out + j, V::fma(V::load(acc + j), V::mul(a_scale, b_scale), rest), n);
+      }
+    }
+  }
+
+  static void epilogue(const GemmTile& t, const float* bias) {
+    if (t.p->out_dtype != DType::i32)
+      return dispatch_float(t.p->out_dtype, [&](auto type) { write<decltype(type)>(t, bias); });
+    for (int64_t i = 0; i < t.rows; ++i)
+      __builtin_memcpy(static_cast<int32_t*>(t.p->out) + (t.i0 + i) * t.p->n + t.j0, t.acc + i * kTileN,
+                       t.cols * sizeof(int32_t));
+  }
+};
+
+}  // namespace
+#endif  // OCTAVO_ISA_LOOPS
+
+}  // namespace octavo::cpu

@@ -1,0 +1,57 @@
+// The Python module: what concerns the build and the machine. Nothing here takes a Tensor; importing it registers the
+// operators.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/peak.h"
+
+namespace py = pybind11;
+using octavo::cpu::Isa;
+
+#ifndef OCTAVO_CUDA_ARCHS
+#define OCTAVO_CUDA_ARCHS ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "octavo's compiled module: operators (torch.ops.octavo), the CPU's instruction set, the build";
+  py::enum_<Isa>(m, "Isa", "CPU instruction set levels, in order")
+      .value("portable", Isa::portable)
+      .value("avx2", Isa::avx2)
+      .value("avx512", Isa::avx512)
+      .value("amx", Isa::amx);
+  m.def("isa", &octavo::cpu::isa, "The level that the CPU kernels use");
+  m.def("set_isa", &octavo::cpu::set_isa, py::arg("level"), "Use this level; ValueError when the machine lacks it");
+  m.def(
+      "set_isa", [](const std::string& name) { octavo::cpu::set_isa(octavo::cpu::isa_from_name(name)); },
+      py::arg("level"));
+  m.def("available_isas", &octavo::cpu::available, "The levels that this machine can run");
+  m.def("peak", &octavo::cpu::peak, py::arg("kind"), py::arg("iterations"), py::call_guard<py::gil_scoped_release>(),
+        "Operations done by a loop at the core's limit ('int8' or 'fma') at the level in force; the caller times it");
+  m.def(
+      "read_all",
+      [](const py::buffer& buffer) {
+        const py::buffer_info info = buffer.request();
+        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("octavo: read_all: not contiguous");
+        py::gil_scoped_release release;
+        return octavo::cpu::read_all(info.ptr, info.size * info.itemsize);
+      },
+      py::arg("buffer"), "Read a contiguous buffer once and return a sum of its words; the caller times it");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+#ifdef OCTAVO_WITH_CUDA
+        info["cuda"] = true;
+#else
+        info["cuda"] = false;
+#endif
+        info["cuda_archs"] = OCTAVO_CUDA_ARCHS;
+        info["compiler"] = __VERSION__;
+        std::vector<std::string> names;
+        for (const Isa level : octavo::cpu::available()) names.push_back(octavo::cpu::name_of(level));
+        info["isa"] = names;
+        return info;
+      },
+      "How this module was built: cuda, cuda_archs, compiler, isa (levels usable here)");
+}

@@ -1,0 +1,46 @@
+// Every operator of the library on one screen.
+#include "common/op.h"
+#ifndef OCTAVO_SIMT
+#include "cpu/parallel.h"
+#endif
+
+namespace octavo {
+
+static void define_ops(Library& m) {
+  // int8 quantization
+  m.def("quantize_rowwise(Tensor x, float threshold=0.0) -> (Tensor codes, Tensor scale)");
+  m.def("quantize_columnwise(Tensor x) -> (Tensor codes, Tensor scale)");
+  m.def("quantize_tensorwise(Tensor x) -> (Tensor codes, Tensor scale)");
+  m.def(
+      "quantize_rowwise_columnwise(Tensor x) -> "
+      "(Tensor row_codes, Tensor row_scale, Tensor column_codes, Tensor column_scale)");
+  m.def("dequantize_rowwise(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor");
+  // outlier columns
+  m.def("find_outlier_columns(Tensor x, float threshold) -> (Tensor columns, Tensor count)");
+  m.def("extract_columns(Tensor x, Tensor columns, Tensor count) -> Tensor");
+  m.def(
+      "extract_int8_columns(Tensor weight, Tensor weight_scale, Tensor columns, Tensor count, ScalarType dtype) -> "
+      "Tensor");
+  // int8 products: a[..., k] x b[n, k]
+  m.def("int8_mm(Tensor a, Tensor b) -> Tensor");
+  m.def("int8_gemm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, float threshold=0.0, "
+      "Tensor? outlier_slot=None, Tensor? outlier_weight=None) -> Tensor");
+}
+
+#ifdef OCTAVO_SIMT
+STABLE_TORCH_LIBRARY(octavo_simt, m) {
+  define_ops(m);
+}  // same schemas, the CUDA kernels on the host (tests)
+#else
+STABLE_TORCH_LIBRARY(octavo, m) {
+  define_ops(m);
+}
+
+void cpu::parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+#endif
+
+}  // namespace octavo
