@@ -1,0 +1,170 @@
+// common/numeric.h against definitions written independently, in double.
+#include "common/numeric.h"
+
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+
+namespace {
+using namespace octavo;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// A binary float of `mantissa` stored bits and smallest normal exponent `min_exponent`, from its fields.
+double decode(uint32_t magnitude, int mantissa, int min_exponent) {
+  const uint32_t exponent = magnitude >> mantissa, fraction = magnitude & ((1u << mantissa) - 1);
+  const double value = exponent ? (1u << mantissa) + fraction : fraction;
+  return std::ldexp(value, min_exponent + static_cast<int>(exponent ? exponent - 1 : 0) - mantissa);
+}
+
+// The magnitude bits nearest to v >= 0, ties to even. Magnitudes are ordered as the values are: bisect.
+uint32_t nearest(double v, int mantissa, int min_exponent, uint32_t infinity) {
+  uint32_t low = 0, high = infinity;  // decode(infinity) is the number that would follow the largest finite one
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    (decode(middle, mantissa, min_exponent) <= v ? low : high) = middle;
+  }
+  const double below = v - decode(low, mantissa, min_exponent), above = decode(high, mantissa, min_exponent) - v;
+  if (below != above) return below < above ? low : high;
+  return low % 2 ? high : low;
+}
+
+template <class T>
+struct Format;
+template <>
+struct Format<Half> {
+  static constexpr int mantissa = 10, min_exponent = -14;
+  static constexpr uint32_t infinity = 0x7c00;
+};
+template <>
+struct Format<BFloat16> {
+  static constexpr int mantissa = 7, min_exponent = -126;
+  static constexpr uint32_t infinity = 0x7f80;
+};
+
+std::string hex(uint32_t bits) {
+  char text[16];
+  std::snprintf(text, sizeof text, "%08x", bits);
+  return text;
+}
+
+template <class T>
+void check_from_float(float v) {
+  const uint32_t got = from_float<T>(v).bits;
+  if (std::isnan(v)) {
+    CHECK_FOR((got & 0x7fff) > Format<T>::infinity, hex(float_bits(v)));
+    return;
+  }
+  uint32_t want =
+      std::isinf(v) ? Format<T>::infinity
+                    : nearest(std::fabs(double{v}), Format<T>::mantissa, Format<T>::min_exponent, Format<T>::infinity);
+  if (std::signbit(v)) want |= 0x8000;
+  CHECK_FOR(got == want, hex(float_bits(v)) + " gives " + hex(got) + ", not " + hex(want));
+}
+
+template <class T>
+void test_format() {
+  using F = Format<T>;
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const T stored{static_cast<uint16_t>(bits)};
+    const float v = to_float(stored);
+    const uint32_t magnitude = bits & 0x7fff;
+    if (magnitude > F::infinity) {
+      CHECK_FOR(std::isnan(v), hex(bits));
+    } else {
+      const double want = magnitude == F::infinity ? kInf : decode(magnitude, F::mantissa, F::min_exponent);
+      CHECK_FOR(double{v} == (bits & 0x8000 ? -want : want) && std::signbit(v) == (bits >= 0x8000), hex(bits));
+      CHECK_FOR(from_float<T>(v).bits == bits, hex(bits));
+    }
+    if (magnitude > F::infinity) check_from_float<T>(v);
+    if (magnitude >= F::infinity) continue;
+    // The midpoint to the next value, exact in fp32 for both formats save the denormals of bf16, and its neighbours.
+    const double next = decode(magnitude + 1, F::mantissa, F::min_exponent);
+    const float middle = static_cast<float>((std::fabs(double{v}) + next) / 2);
+    for (const float near : {middle, std::nextafter(middle, 0.0f), std::nextafter(middle, INFINITY)})
+      check_from_float<T>(std::copysign(near, v));
+  }
+  for (int i = 0; i < 200000; ++i) check_from_float<T>(bits_float(static_cast<uint32_t>(test::random()())));
+  for (const float v : {65504.0f, 65519.99f, 65520.0f, 65536.0f, 3.4e38f, INFINITY, 1e-45f, 0x1p-25f, 0x1.8p-25f,
+                        0x1p-24f, 0x1.ffep-15f, 0x1.fffp-15f, 0.0f})
+    for (const float sign : {1.0f, -1.0f}) check_from_float<T>(sign * v);
+}
+
+void test_scales() {
+  CHECK(scale_of(float_bits(127.0f)) == 1.0f && inverse_scale_of(float_bits(127.0f)) == 1.0f);
+  CHECK(scale_of(float_bits(1.0f)) == 1.0f / 127.0f && inverse_scale_of(float_bits(0.5f)) == 254.0f);
+  // Zero and what counts as zero.
+  for (const float absmax : {0.0f, 1e-45f, std::nextafter(kMinAbsmax, 0.0f)})
+    CHECK(scale_of(float_bits(absmax)) == 0.0f && inverse_scale_of(float_bits(absmax)) == 0.0f);
+  for (const float absmax : {kMinAbsmax, 3.4e38f, std::numeric_limits<float>::max()}) {
+    CHECK(scale_of(float_bits(absmax)) > 0.0f && std::isfinite(inverse_scale_of(float_bits(absmax))));
+    CHECK(encode(absmax, inverse_scale_of(float_bits(absmax))) == 127);
+    CHECK(encode(-absmax, inverse_scale_of(float_bits(absmax))) == -127);
+  }
+  for (const float bad : {INFINITY, NAN}) {
+    CHECK(std::isnan(scale_of(abs_bits(bad))) && inverse_scale_of(abs_bits(bad)) == 0.0f);
+    CHECK(encode(bad, 0.0f) == 0 && encode(-bad, 0.0f) == 0);
+  }
+  CHECK(abs_bits(-NAN) > abs_bits(-INFINITY) && abs_bits(INFINITY) > abs_bits(-3.4e38f) && abs_bits(-0.0f) == 0);
+}
+
+void test_encode() {
+  CHECK(encode(0.5f, 1.0f) == 0 && encode(1.5f, 1.0f) == 2 && encode(2.5f, 1.0f) == 2);
+  CHECK(encode(-0.5f, 1.0f) == 0 && encode(-1.5f, 1.0f) == -2 && encode(-2.5f, 1.0f) == -2);
+  CHECK(encode(126.5f, 1.0f) == 126 && encode(127.5f, 1.0f) == 127 && encode(-128.0f, 1.0f) == -127);
+  CHECK(encode(300.0f, 1.0f) == 127 && encode(-300.0f, 1.0f) == -127);
+  for (int i = 0; i < 100000; ++i) {
+    const float absmax =
+        std::ldexp(1.0f + static_cast<float>(test::uniform(0, 1 << 22)) / (1 << 22), test::uniform(-119, 126));
+    const float v = absmax * (static_cast<float>(test::uniform(-1 << 22, 1 << 22)) / (1 << 22));
+    const double exact = double{v} * 127.0 / double{absmax};
+    const int code = encode(v, inverse_scale_of(float_bits(absmax)));
+    CHECK_FOR(std::fabs(code - exact) <= 0.5 + 1e-4, std::to_string(v) + " of " + std::to_string(absmax));
+    const double back = code * double{scale_of(float_bits(absmax))};
+    CHECK_FOR(std::fabs(back - double{v}) <= (0.5 + 1e-4) / 127 * double{absmax}, std::to_string(v));
+  }
+}
+
+void test_outlier() {
+  CHECK(is_outlier(6.0f, 6.0f) && is_outlier(-6.0f, 6.0f) && !is_outlier(std::nextafter(6.0f, 0.0f), 6.0f));
+  CHECK(is_outlier(-INFINITY, 6.0f) && !is_outlier(NAN, 6.0f));
+}
+
+void test_dequantize() {
+  for (int i = 0; i < 100000; ++i) {
+    const auto number = [](int exponent) {
+      return std::ldexp(static_cast<float>(test::uniform(-1 << 23, 1 << 23)), exponent - 23);
+    };
+    const int acc = test::uniform(-2000000000, 2000000000);
+    const float a = number(-8), b = number(-8), sum8 = number(8), sum16 = number(4), bias = number(2);
+    const double want = double(acc) * a * b + double{sum8} * b + sum16 + bias;
+    const double size =
+        std::fabs(double(acc) * a * b) + std::fabs(double{sum8} * b) + std::fabs(sum16) + std::fabs(bias);
+    CHECK(std::fabs(dequantize(acc, a, b, sum8, sum16, bias) - want) <= size * 0x1p-21);
+  }
+  CHECK(dequantize(10, 2.0f, 3.0f, 5.0f, 7.0f, 11.0f) == 10 * 6 + 5 * 3 + 18);
+  CHECK(std::isnan(dequantize(0, NAN, 1.0f, 0.0f, 0.0f, 0.0f)));
+}
+
+void test_load_float() {
+  const float f[] = {1.5f, -2.0f};
+  const Half h[] = {from_float<Half>(1.5f), from_float<Half>(-2.0f)};
+  const BFloat16 b[] = {from_float<BFloat16>(1.5f), from_float<BFloat16>(-2.0f)};
+  for (int i = 0; i < 2; ++i)
+    CHECK(load_float(f, DType::f32, i) == f[i] && load_float(h, DType::f16, i) == f[i] &&
+          load_float(b, DType::bf16, i) == f[i]);
+}
+
+}  // namespace
+
+int main() {
+  test_format<Half>();
+  test_format<BFloat16>();
+  test_scales();
+  test_encode();
+  test_outlier();
+  test_dequantize();
+  test_load_float();
+  return test::finish();
+}
