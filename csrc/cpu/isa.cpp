@@ -16,7 +16,9 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 #if OCTAVO_MAX_ISA >= 3
 // AMX state is large, so Linux hands it out per process on request (arch_prctl(2), ARCH_REQ_XCOMP_PERM).
 bool amx_granted() {
-#if defined(__linux__)
+#if defined(OCTAVO_AMX_EMULATE)
+  return true;  // tiles in plain C++ (amx.h)
+#elif defined(__linux__)
   unsigned eax = 7, ebx, ecx = 0, edx;
   __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;

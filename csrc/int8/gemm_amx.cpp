@@ -108,7 +108,7 @@ void multiply(const GemmTile& t) {
 }  // namespace
 
 using Epilogue = GemmEpilogue<avx512::Vec>;
-constexpr GemmLoops gemm_loops = {pack, multiply, Epilogue::add_outliers, Epilogue::epilogue};
+constexpr GemmLoops gemm_loops = {pack, 16, multiply, Epilogue::add_outliers, Epilogue::epilogue};
 
 }  // namespace octavo::cpu::amx
 #endif

@@ -13,7 +13,7 @@ namespace octavo::cpu::avx2 {
 namespace {
 
 // 16 codes as 16-bit words: vpmaddwd then adds exact products in pairs. The u8 x s8 vpmaddubsw would saturate.
-__m256i words(const int8_t* p, int64_t n = 16) {
+[[gnu::always_inline]] inline __m256i words(const int8_t* p, int64_t n = 16) {
   if (n == 16) return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   alignas(16) int8_t part[16] = {};
   __builtin_memcpy(part, p, n);
@@ -26,23 +26,34 @@ __m128i reduce(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(quads), _mm256_extracti128_si256(quads, 1));
 }
 
+// Inlined and unrolled by force: the accumulators are in registers only if every index is a constant.
+template <int kRows>
+[[gnu::always_inline]] inline void step(__m256i (&sum)[kRows][4], const int8_t* a, int64_t a_stride,
+                                        const int8_t* const* b, int64_t l, int64_t n) {
+  __m256i bv[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) bv[j] = words(b[j] + l, n);
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    const __m256i av = words(a + i * a_stride + l, n);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(av, bv[j]));
+  }
+}
+
 // kRows x 4 outputs: at kRows = 2, 8 accumulators + 4 b + 2 a fill the 16 registers.
 template <int kRows>
 void kernel(const int8_t* a, int64_t a_stride, const int8_t* const* b, int64_t k, int32_t* acc) {
   __m256i sum[kRows][4];
+#pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_setzero_si256();
-  const auto step = [&](int64_t l, int64_t n) {
-    __m256i bv[4];
-    for (int j = 0; j < 4; ++j) bv[j] = words(b[j] + l, n);
-    for (int i = 0; i < kRows; ++i) {
-      const __m256i av = words(a + i * a_stride + l, n);
-      for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_add_epi32(sum[i][j], _mm256_madd_epi16(av, bv[j]));
-    }
-  };
+  const int8_t* const rows[4] = {b[0], b[1], b[2], b[3]};
   int64_t l = 0;
-  for (; l + 16 <= k; l += 16) step(l, 16);
-  if (l < k) step(l, k - l);
+  for (; l + 16 <= k; l += 16) step<kRows>(sum, a, a_stride, rows, l, 16);
+  if (l < k) step<kRows>(sum, a, a_stride, rows, l, k - l);
+#pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(acc + i * kTileN), reduce(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
 }
@@ -60,7 +71,7 @@ void multiply(const GemmTile& t) {
 
 }  // namespace
 
-constexpr GemmLoops gemm_loops = {nullptr, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
+constexpr GemmLoops gemm_loops = {nullptr, 0, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
 
 }  // namespace octavo::cpu::avx2
 #endif

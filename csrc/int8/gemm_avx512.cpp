@@ -14,22 +14,30 @@ namespace {
 
 // vpdpbusd multiplies unsigned by signed bytes: a + 128 (the sign bit flipped) stands for a, and 128 * sum(b) is taken
 // off at the end. Both operands are read along k, so that b needs no packing: 64 products of one output a step.
-constexpr int kStep = 64;
+constexpr int kStep = kPackK;
+constexpr int kGroup = 6;          // rows of a that one kernel multiplies
+constexpr int64_t kBlockK = 2048;  // 6 x 2048 of a and 4 x 2048 of b stay in L1 while the 64 rows of b pass by from L2
 
-int64_t padded(int64_t k) {
-  return ceil_div(k, kStep) * kStep;
+// 64 codes, or the last few of a row. A masked load where none is needed would cost a second instruction.
+[[gnu::always_inline]] inline __m512i codes(const int8_t* p, __mmask64 some) {
+  return some == ~0ull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(some, p);
 }
 
-// a + 128, rows padded to whole steps (the padding meets zeros of b).
+__mmask64 first_lanes(int64_t n) {
+  return n >= kStep ? ~0ull : (1ull << n) - 1;
+}
+
+// packed[group][step][row][64] = a[group * 6 + row][step * 64 ...] + 128: one stream for the kernel, which spreads over
+// all sets of the L1 cache where rows of 4096 codes would fall on the same ones.
 void pack(const Int8Gemm& p, int8_t* packed, int64_t begin, int64_t end) {
-  const int64_t stride = padded(p.k), last = end * kPackM < p.m ? end * kPackM : p.m;
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-  for (int64_t i = begin * kPackM; i < last; ++i)
-    for (int64_t l = 0; l < p.k; l += kStep) {
-      const __mmask64 some = p.k - l >= kStep ? ~0ull : (1ull << (p.k - l)) - 1;
-      const __m512i v = _mm512_maskz_loadu_epi8(some, p.a + i * p.k + l);
-      _mm512_store_si512(packed + i * stride + l, _mm512_xor_si512(v, flip));
-    }
+  __m512i* to = reinterpret_cast<__m512i*>(packed) + begin * ceil_div(p.k, kStep) * kGroup;
+  for (int64_t group = begin; group < end; ++group)
+    for (int64_t l = 0; l < p.k; l += kStep)
+      for (int64_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
+        const __mmask64 some = i < p.m ? first_lanes(p.k - l) : 0;
+        _mm512_store_si512(to++, _mm512_xor_si512(codes(p.a + i * p.k + l, some), flip));
+      }
 }
 
 // The sums of four accumulators' lanes.
@@ -41,63 +49,86 @@ __m128i reduce(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
-// kRows x 4 outputs over all of k. At kRows = 6: 24 accumulators, 4 b, 1 a of the 32 registers, and 24 multiplications
-// for 10 loads.
-template <int kRows>
-void kernel(const int8_t* a, int64_t a_stride, const int8_t* const* b, int64_t k, __m128i correction, int32_t* acc) {
-  __m512i sum[kRows][4];
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_si512();
-  const auto step = [&](int64_t l, __mmask64 some) {
-    __m512i bv[4];
-    for (int j = 0; j < 4; ++j) bv[j] = _mm512_maskz_loadu_epi8(some, b[j] + l);
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i av = _mm512_load_si512(a + i * a_stride + l);
-      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], av, bv[j]);
-    }
-  };
-  int64_t l = 0;
-  for (; l + kStep <= k; l += kStep) step(l, ~0ull);
-  if (l < k) step(l, (1ull << (k - l)) - 1);
-  for (int i = 0; i < kRows; ++i)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(acc + i * kTileN),
-                     _mm_sub_epi32(reduce(sum[i][0], sum[i][1], sum[i][2], sum[i][3]), correction));
+// sum += a (unsigned) * b (signed), as asm because g++ 12 gives the intrinsic's result a register of its own, and with
+// 24 accumulators that means copies and spills in the innermost loop.
+[[gnu::always_inline]] inline void multiply_add(__m512i& sum, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// 128 * sum(b) of four rows, which this also brings into L1.
+// acc[kRows][4] += the products over [0, k) of a (packed) and b. At kRows = 6: 24 accumulators, 4 b, 1 a of the 32
+// registers, and 24 multiplications for 10 loads.
+template <int kRows>
+void kernel(const int8_t* a, const int8_t* const* b, int64_t k, int32_t* acc) {
+  __m512i sum[kRows][4];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_si512();
+  const int8_t *b0 = b[0], *b1 = b[1], *b2 = b[2], *b3 = b[3];
+  // One body with a mask for all steps, so that the unrolled code stands here once.
+  for (int64_t l = 0; l < k; l += kStep, a += kGroup * kStep) {
+    const __mmask64 some = first_lanes(k - l);
+    const __m512i bv[4] = {_mm512_maskz_loadu_epi8(some, b0 + l), _mm512_maskz_loadu_epi8(some, b1 + l),
+                           _mm512_maskz_loadu_epi8(some, b2 + l), _mm512_maskz_loadu_epi8(some, b3 + l)};
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i av = _mm512_load_si512(a + i * kStep);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) multiply_add(sum[i][j], av, bv[j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) {
+    __m128i* to = reinterpret_cast<__m128i*>(acc + i * kTileN);
+    *to = _mm_add_epi32(*to, reduce(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
+  }
+}
+
+// -128 * sum(b) of four rows, which this also brings into cache.
 __m128i corrections(const int8_t* const* b, int64_t k) {
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (int64_t l = 0; l < k; l += kStep) {
-    const __mmask64 some = k - l >= kStep ? ~0ull : (1ull << (k - l)) - 1;
-    for (int j = 0; j < 4; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], ones, _mm512_maskz_loadu_epi8(some, b[j] + l));
-  }
-  return _mm_slli_epi32(reduce(sum[0], sum[1], sum[2], sum[3]), 7);
+  for (int64_t l = 0; l < k; l += kStep)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], ones, codes(b[j] + l, first_lanes(k - l)));
+  return _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), reduce(sum[0], sum[1], sum[2], sum[3])), 7);
 }
 
 void multiply(const GemmTile& t) {
-  const int64_t k = t.p->k, stride = padded(k);
+  const int64_t k = t.p->k, group_bytes = kGroup * ceil_div(k, kStep) * kStep;
+  // With one group there is nothing to keep in L1: b streams past once.
+  const int64_t block = t.rows <= kGroup ? k : kBlockK;
+  const auto b_rows = [&](int64_t j, int64_t l, const int8_t** b) {  // beyond the edge the last row is repeated;
+    for (int64_t q = 0; q < 4; ++q)                                  // its sums are not used
+      b[q] = t.p->b + (t.j0 + (j + q < t.cols ? j + q : t.cols - 1)) * k + l;
+  };
+  const int8_t* b[4];
   for (int64_t j = 0; j < t.cols; j += 4) {
-    const int8_t* b[4];  // beyond the edge the last row is repeated; its sums are not used
-    for (int64_t q = 0; q < 4; ++q) b[q] = t.p->b + (t.j0 + (j + q < t.cols ? j + q : t.cols - 1)) * k;
-    const __m128i correction = corrections(b, k);
-    const int8_t* a = t.a + t.i0 * stride;
-    int32_t* acc = t.acc + j;
-    int64_t left = t.rows;
-    for (; left >= 6; left -= 6, a += 6 * stride, acc += 6 * kTileN) kernel<6>(a, stride, b, k, correction, acc);
-    switch (left) {
-      case 5: kernel<5>(a, stride, b, k, correction, acc); break;
-      case 4: kernel<4>(a, stride, b, k, correction, acc); break;
-      case 3: kernel<3>(a, stride, b, k, correction, acc); break;
-      case 2: kernel<2>(a, stride, b, k, correction, acc); break;
-      case 1: kernel<1>(a, stride, b, k, correction, acc); break;
-    }
+    b_rows(j, 0, b);
+    const __m128i start = corrections(b, k);
+    for (int64_t i = 0; i < t.rows; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(t.acc + i * kTileN + j), start);
   }
+  for (int64_t l = 0; l < k; l += block)
+    for (int64_t i = 0; i < t.rows; i += kGroup)
+      for (int64_t j = 0; j < t.cols; j += 4) {
+        b_rows(j, l, b);
+        const int8_t* a = t.a + (t.i0 + i) / kGroup * group_bytes + l * kGroup;
+        const int64_t width = k - l < block ? k - l : block;
+        int32_t* acc = t.acc + i * kTileN + j;
+        switch (t.rows - i) {
+          case 1: kernel<1>(a, b, width, acc); break;
+          case 2: kernel<2>(a, b, width, acc); break;
+          case 3: kernel<3>(a, b, width, acc); break;
+          case 4: kernel<4>(a, b, width, acc); break;
+          case 5: kernel<5>(a, b, width, acc); break;
+          default: kernel<6>(a, b, width, acc);
+        }
+      }
 }
 
 }  // namespace
 
-constexpr GemmLoops gemm_loops = {pack, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
+constexpr GemmLoops gemm_loops = {pack, kGroup, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
 
 }  // namespace octavo::cpu::avx512
 #endif

@@ -14,14 +14,16 @@ struct GemmTile {
   float* sum16;
 };
 
+constexpr int64_t kPackK = 64;
 constexpr int64_t kTileM = 96, kTileN = 64;  // an A block of 96 x 4096 codes stays in L2 while B passes through L1
 constexpr int64_t kOutlierChunk = 128;       // outlier columns gathered at a time: 128 * 64 floats fit in L1
-constexpr int64_t kPackK = 64, kPackM = 16;  // pack() pads k and m to these
 
 struct GemmLoops {
-  // The form of a that multiply() reads: [ceil(m / 16) * 16, ceil(k / 64) * 64] bytes; null: a itself.
-  void (*pack)(const Int8Gemm&, int8_t* packed, int64_t begin, int64_t end);  // groups of kPackM rows
-  void (*multiply)(const GemmTile&);                                          // fills acc
+  // The form of a that multiply() reads, made of groups of pack_rows rows (a divisor of kTileM), k padded to a
+  // multiple of kPackK; null: a itself. Codes outside a are packed too, so that a kernel needs no case for the edge.
+  void (*pack)(const Int8Gemm&, int8_t* packed, int64_t begin, int64_t end);  // groups [begin, end)
+  int64_t pack_rows;
+  void (*multiply)(const GemmTile&);  // fills acc
   // Adds outlier columns to sum8 (slots null or -1) and sum16: w[c, j] = the weights of columns[c], gathered.
   void (*add_outliers)(const GemmTile&, const int32_t* columns, int64_t count, const float* w, const uint8_t* is_kept);
   void (*epilogue)(const GemmTile&, const float* bias);  // acc -> out; bias fp32 [kTileN], or null
