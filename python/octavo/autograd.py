@@ -21,9 +21,10 @@ _BACKWARD_COLUMNS = 1024
 def _autocast(x: Tensor) -> Tensor:
     """x in the autocast dtype where autocast is on, as for `torch.nn.functional.linear`."""
     device = x.device.type
-    if not x.is_floating_point() or x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
-    return x.to(torch.get_autocast_dtype(device))
+    # Autocast leaves float64 and integers alone; so here, and the op refuses them.
+    return x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype is not torch.float64 else x
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -143,7 +144,7 @@ def int8_matmul(
 class _Int8LinearTrain(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
-        codes, scale = ops.quantize_rowwise(weight)
+        codes, scale = ops.quantize_rowwise(weight, 0.0)
         return ops.int8_linear(x, codes, scale, bias, threshold)
 
     @staticmethod
@@ -194,7 +195,7 @@ def int8_linear_train(x: Tensor, weight: Tensor, bias: Tensor | None = None, thr
     """
     x = _autocast(x)
     if not _needs_grad(x, weight, bias):
-        codes, scale = ops.quantize_rowwise(weight)
+        codes, scale = ops.quantize_rowwise(weight, 0.0)
         return ops.int8_linear(x, codes, scale, bias, threshold)
     out = _Int8LinearTrain.apply(x, weight, bias, threshold)  # type: ignore[no-untyped-call]
     return cast(Tensor, out)

@@ -78,13 +78,13 @@ class Report:
         kept = sum(layer.kept_columns for layer in self.layers)
         for header, footer in (
             ("shape", ""),
-            ("before", _megabytes(self.bytes_before)),
-            ("after", _megabytes(self.bytes_after)),
+            ("before", _size(self.bytes_before)),
+            ("after", _size(self.bytes_after)),
             ("kept columns", str(kept)),
         ):
             table.add_column(header, footer, justify="right")
         for layer in self.layers:
-            before, after = _megabytes(layer.bytes_before), _megabytes(layer.bytes_after)
+            before, after = _size(layer.bytes_before), _size(layer.bytes_after)
             table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", before, after, str(layer.kept_columns))
         return table
 
@@ -259,9 +259,12 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+def _size(count: int) -> str:
+    for unit, bytes_in_it in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= bytes_in_it:
+            return f"{count / bytes_in_it:.2f} {unit}"
+    return f"{count} B"
 
 
 def _change(before: int, after: int) -> str:
-    return f"{_megabytes(before)} -> {_megabytes(after)} ({after / before:.1%})" if before else _megabytes(after)
+    return f"{_size(before)} -> {_size(after)} ({after / before:.1%})" if before else _size(after)
