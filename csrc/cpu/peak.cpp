@@ -56,9 +56,13 @@ namespace {
 
 double int8_peak(int64_t iterations) {
   switch (isa()) {
-#if defined(__x86_64__)
+#if OCTAVO_MAX_ISA >= 3
     case Isa::amx: return amx::int8_loop(iterations);
+#endif
+#if OCTAVO_MAX_ISA >= 2
     case Isa::avx512: return avx512::int8_loop(iterations);
+#endif
+#if OCTAVO_MAX_ISA >= 1
     case Isa::avx2: return avx2::int8_loop(iterations);
 #endif
     default: return portable::int8_loop(iterations);
@@ -67,9 +71,11 @@ double int8_peak(int64_t iterations) {
 
 double fma_peak(int64_t iterations) {
   switch (isa()) {
-#if defined(__x86_64__)
+#if OCTAVO_MAX_ISA >= 2
     case Isa::amx:
     case Isa::avx512: return avx512::fma_loop(iterations);
+#endif
+#if OCTAVO_MAX_ISA >= 1
     case Isa::avx2: return avx2::fma_loop(iterations);
 #endif
     default: return portable::fma_loop(iterations);
@@ -87,9 +93,11 @@ double peak(const std::string& kind, int64_t iterations) {
 
 uint64_t read_all(const void* data, int64_t bytes) {
   switch (isa()) {
-#if defined(__x86_64__)
+#if OCTAVO_MAX_ISA >= 2
     case Isa::amx:
     case Isa::avx512: return avx512::read_loop(data, bytes);
+#endif
+#if OCTAVO_MAX_ISA >= 1
     case Isa::avx2: return avx2::read_loop(data, bytes);
 #endif
     default: return portable::read_loop(data, bytes);

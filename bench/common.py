@@ -1,0 +1,353 @@
+"""What every family's bench shares: paired timing, operands that come from memory, the machine, records, tables."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+SCHEMA = 1
+Call = Callable[[], object]
+
+
+# ---- paired timing -------------------------------------------------------------------------------------------------
+
+
+Clock = Callable[[Call], float]  # seconds that a call takes
+
+
+def cpu_clock(run: Call) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def cuda_clock(run: Call) -> float:
+    """Between two events on the stream: launches may run ahead of the GPU, nothing inside synchronises."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def clock_for(device: str) -> Clock:
+    return cuda_clock if torch.device(device).type == "cuda" else cpu_clock
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: a sample lasts at least `sample_s`; rounds fill `budget_s`, within their bounds."""
+
+    sample_s: float = 5e-3
+    budget_s: float = 20.0
+    min_rounds: int = 5
+    max_rounds: int = 51
+
+    def rounds(self, one_round_s: float) -> int:
+        fitting = self.budget_s / max(one_round_s, 1e-9)
+        return int(max(self.min_rounds, min(self.max_rounds, fitting)))
+
+
+FULL = Effort()
+QUICK = Effort(sample_s=3e-3, budget_s=5.0, min_rounds=3, max_rounds=21)
+
+
+@dataclass(frozen=True)
+class Timing:
+    samples: tuple[float, ...]  # seconds per call, one per round
+    busy: tuple[float, ...]  # processor seconds per call, of all threads: what a busy machine changes least
+    inner: int  # calls per sample
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+
+def time_paired(
+    contenders: Mapping[str, Sequence[Call]], effort: Effort, clock: Clock = cpu_clock
+) -> dict[str, Timing]:
+    """Time contenders against each other: A B C, C B A, A B C, ... in one process.
+
+    A neighbour on the machine, or a clock that drifts, then hits all contenders of a round alike, and the ratio within
+    a round is worth more than the times. Each contender is a list of calls that do the same work on different copies
+    of its operands; they are taken in turn, so that with enough copies none finds its operands in a cache.
+    """
+    if not contenders or any(not calls for calls in contenders.values()):
+        raise ValueError("time_paired: every contender needs at least one call")
+    turns, inner = {}, {}
+    for name, calls in contenders.items():
+        for call in calls:  # warm-up of every copy: lazy packing, thread pools, page faults
+            call()
+        turns[name] = itertools.cycle(calls)
+        once = min(clock(calls[0]) for _ in range(2))
+        inner[name] = max(1, math.ceil(effort.sample_s / max(once, 1e-7)))
+
+    def run(name: str) -> None:
+        turn = turns[name]
+        for _ in range(inner[name]):
+            next(turn)()
+
+    order = list(contenders)
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    busy: dict[str, list[float]] = {name: [] for name in order}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        rounds, done = effort.max_rounds, 0
+        while done < rounds:
+            began = time.perf_counter()
+            for name in order if done % 2 == 0 else reversed(order):
+                start = time.process_time()
+                samples[name].append(clock(functools.partial(run, name)) / inner[name])
+                busy[name].append((time.process_time() - start) / inner[name])
+            if done == 0:
+                rounds = effort.rounds(time.perf_counter() - began)
+            done += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(samples[name]), tuple(busy[name]), inner[name]) for name in order}
+
+
+def paired_ratio(this: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of this[i] / other[i] over the rounds i that both were timed in."""
+    if len(this) != len(other) or not this:
+        raise ValueError(f"not paired: {len(this)} and {len(other)} rounds")
+    ratios = [a / b for a, b in zip(this, other, strict=True)]
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
+
+
+# ---- operands that come from memory --------------------------------------------------------------------------------
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that Linux reports; 32 MiB where it reports none."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text.rstrip("KMG")) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1], 1))
+    return max(sizes, default=32 << 20)
+
+
+MAX_COPIES = 64
+
+
+def copies_for(operand_bytes: int, cache: int) -> int:
+    """How many copies of an operand overflow the cache four times, so that each is gone when its turn comes again."""
+    return max(1, min(MAX_COPIES, math.ceil(4 * cache / max(1, operand_bytes))))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of the difference over that of `exact`, in float64."""
+    difference = result.double().cpu() - exact.double().cpu()
+    return float(difference.norm() / exact.double().norm())
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+_ISA_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+_PACKAGES = ("octavo", "torch", "bitsandbytes", "torchao", "numpy")
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Everything that a reader needs to judge or repeat a figure."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", "").split())
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    machine: dict[str, Any] = {
+        "cpu": info.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "affinity": cores,
+        "flags": [flag for flag in _ISA_FLAGS if flag in flags],
+        "last_level_cache": last_level_cache(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "pinning": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES")},
+        "versions": {package: _version(package) for package in _PACKAGES},
+    }
+    from octavo import _C  # here, so that the harness itself works before anything is compiled
+
+    machine["isa"] = _C.isa().name
+    if torch.device(device).type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One contender on one case. Times in seconds; ratios are this / versus, quartiles over the rounds."""
+
+    section: str
+    shape: tuple[int, ...]  # (m, n, k), or (rows, cols)
+    dtype: str
+    method: str
+    threads: int
+    median_s: float
+    best_s: float
+    busy_s: float  # median processor time of all threads; over median_s: the cores that the contender had
+    rounds: int
+    inner: int
+    ops: float  # per call, multiply and add counting as two
+    bytes: float  # that a call must move at least
+    copies: int  # of its operands, taken in turn
+    from_memory: bool  # the copies overflow the last-level cache at least twice
+    limit: str | None = None  # which measured limit bounds it: memory or compute
+    limit_share: float | None = None  # the time which that limit allows, over the median
+    error: float | None = None  # relative to float64
+    versus: str | None = None
+    ratio: tuple[float, float, float] | None = None
+    busy_ratio: tuple[float, float, float] | None = None  # the same of processor time
+
+    @property
+    def case(self) -> str:
+        m, *rest = self.shape
+        sizes = f"m={m} {rest[0]}x{rest[1]}" if len(rest) == 2 else "x".join(map(str, self.shape))
+        return f"{self.section} {sizes} {self.dtype}, threads={self.threads}"
+
+    @property
+    def tops(self) -> float:
+        return self.ops / self.median_s / 1e12
+
+    @property
+    def gbs(self) -> float:
+        return self.bytes / self.median_s / 1e9
+
+
+def timed(timing: Timing, timings: Mapping[str, Timing], versus: str | None) -> dict[str, Any]:
+    """The fields of a Row that come from its timing."""
+    fields: dict[str, Any] = {
+        "median_s": timing.median,
+        "best_s": timing.best,
+        "busy_s": statistics.median(timing.busy),
+        "rounds": len(timing.samples),
+        "inner": timing.inner,
+    }
+    if versus in timings:
+        other = timings[versus]
+        fields["versus"] = versus
+        fields["ratio"] = paired_ratio(timing.samples, other.samples)
+        fields["busy_ratio"] = paired_ratio(timing.busy, other.busy)
+    return fields
+
+
+@dataclass
+class Record:
+    """One run of one family: what goes to the JSON file."""
+
+    family: str
+    machine: dict[str, Any]
+    limits: list[dict[str, Any]] = field(default_factory=list)  # one per thread count
+    rows: list[Row] = field(default_factory=list)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # contender -> why
+    started: str = field(default_factory=lambda: datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        data = asdict(self)
+        for row, values in zip(self.rows, data["rows"], strict=True):
+            values.update(tops=row.tops, gbs=row.gbs)
+        return json.dumps(data, indent=1, allow_nan=False)
+
+    def write(self, folder: Path) -> Path:
+        """FOLDER/<family>-<time>.json, whole or not at all; earlier runs stay, as history."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = self.started[:19].replace(":", "").replace("-", "")
+        path = folder / f"{self.family}-{stamp}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.to_json() + "\n")
+        partial.replace(path)
+        return path
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def format_time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """One case's rows as a table."""
+    table = Table(title=rows[0].case, title_justify="left")
+    table.add_column("contender")
+    headings = (
+        "median",
+        "best",
+        "TOP/s",
+        "GB/s",
+        "of limit",
+        "rel. error",
+        "time / that of",
+        "quartiles",
+        "cpu",
+        "cores",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row.method,
+            format_time(row.median_s),
+            format_time(row.best_s),
+            f"{row.tops:.3f}" if row.ops else "",
+            f"{row.gbs:.1f}",
+            "" if row.limit_share is None else f"{row.limit_share:.0%} {row.limit}",
+            "" if row.error is None else f"{row.error:.2e}",
+            "" if row.ratio is None else f"{row.ratio[1]:.2f} {row.versus}",
+            "" if row.ratio is None else f"{row.ratio[0]:.2f}-{row.ratio[2]:.2f}",
+            "" if row.busy_ratio is None else f"{row.busy_ratio[1]:.2f}",
+            f"{row.busy_s / row.median_s:.1f}",
+        )
+    console.print(table)
