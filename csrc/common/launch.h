@@ -4,7 +4,7 @@
 //   SHARED(type, name, [count])            static shared memory:   SHARED(float, tile, [32][33]);
 //   DYNAMIC_SHARED(type, name)             the block's dynamic shared memory as type* name
 //   fill_bytes(pointer, byte, bytes, stream)
-//   UNROLL                                 before a loop whose arrays must stay in registers
+//   UNROLL, NO_UNROLL                      before a loop whose arrays must stay in registers; before one seldom run
 #include "common/hd.h"
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -14,6 +14,7 @@
 
 #define GPU_NS cuda
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name)                                       \
   extern __shared__ __align__(16) unsigned char octavo_dynamic_shared[]; \
@@ -35,5 +36,6 @@ inline void fill_bytes(void* data, int byte, size_t bytes, Stream stream) {
 }  // namespace octavo
 #else
 #define UNROLL
+#define NO_UNROLL
 #include "simt/simt.h"
 #endif

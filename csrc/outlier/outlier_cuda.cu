@@ -1,0 +1,115 @@
+// Outlier columns: find, list, clear, extract. The list has a fixed capacity (all columns) and its length stays on the
+// device, so nothing here waits for the host, and all of it can be captured in a CUDA graph.
+#include "common/launch.h"
+#include "common/numeric.h"
+#include "common/reduce.h"
+#include "common/tile.h"
+#include "outlier/outlier.h"
+
+namespace octavo::GPU_NS {
+
+// One read of x by tiles. Outliers are rare: a pack is looked at closely only if its largest element might be one.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kTileLanes* kTileWarps) outlier_flags_kernel(OutlierFlags p) {
+  const Tile<kWidth> tile(p.rows, p.cols);
+  if (tile.pack >= tile.packs) return;
+  const uint32_t limit = outlier_bits(p.threshold);
+  for (int64_t row = tile.row; row < tile.end; row += kTileWarps) {
+    const auto x = load_pack<kWidth>(static_cast<const T*>(p.x), row * tile.packs + tile.pack);
+    if (absmax_bits(x) < limit) continue;
+    UNROLL for (int e = 0; e < kWidth; ++e) {
+      if (is_outlier(to_float(x.at[e]), p.threshold)) p.flags[tile.pack * kWidth + e] = 1;
+    }
+  }
+}
+
+// One block: the flags are a few KiB, and a second launch would cost more than it saves. Each pass takes 8192 flags,
+// 8 per thread, and continues from the previous pass's total.
+constexpr int kCompactThreads = 1024, kFlagsPerThread = 8;
+
+__global__ void __launch_bounds__(kCompactThreads) compact_columns_kernel(CompactColumns p) {
+  SHARED(int32_t, scratch, [2][kMaxWarps]);
+  int64_t count = 0;
+  int phase = 0;
+  for (int64_t begin = 0; begin < p.cols; begin += kCompactThreads * kFlagsPerThread) {
+    const int64_t first = begin + threadIdx.x * kFlagsPerThread;
+    uint32_t found = 0;
+    UNROLL for (int e = 0; e < kFlagsPerThread; ++e) {
+      if (first + e < p.cols && p.flags[first + e] != 0) found |= 1u << e;
+    }
+    int32_t total;
+    int64_t slot = count + block_exclusive_sum(__popc(found), scratch[phase], total);
+    UNROLL for (int e = 0; e < kFlagsPerThread; ++e) {
+      if (found >> e & 1) p.columns[slot++] = static_cast<int32_t>(first + e);
+    }
+    count += total;
+    phase ^= 1;
+  }
+  for (int64_t j = count + threadIdx.x; j < p.cols; j += kCompactThreads) p.columns[j] = -1;
+  if (threadIdx.x == 0) *p.count = static_cast<int32_t>(count);
+}
+
+constexpr int64_t kZeroBlocks = 4096;  // at most; a block takes further rows
+
+// A thread per (row, listed column): lanes along the list. With nothing listed this reads one word.
+__global__ void __launch_bounds__(kTileLanes* kTileWarps) zero_columns_kernel(ZeroColumns p) {
+  const int32_t count = *p.count;
+  if (count == 0) return;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kTileWarps + threadIdx.y; row < p.rows;
+       row += static_cast<int64_t>(gridDim.x) * kTileWarps) {
+    for (int32_t c = threadIdx.x; c < count; c += kTileLanes) p.codes[row * p.cols + p.columns[c]] = 0;
+  }
+}
+
+// A tile of out per block: the gather from x is scattered, the stores are not.
+template <class T>
+__global__ void __launch_bounds__(kTileLanes* kTileWarps) extract_columns_kernel(ExtractColumns p) {
+  const Tile<1> tile(p.rows, p.capacity);
+  const int64_t c = tile.pack;
+  if (c >= p.capacity) return;
+  const int64_t column = c < *p.count ? p.columns[c] : -1;
+  const bool valid = column >= 0 && column < p.cols;
+  for (int64_t row = tile.row; row < tile.end; row += kTileWarps) {
+    T value{};
+    if (valid && p.scale != nullptr)
+      value = from_float<T>(static_cast<float>(static_cast<const int8_t*>(p.x)[row * p.cols + column]) * p.scale[row]);
+    else if (valid)
+      value = static_cast<const T*>(p.x)[row * p.cols + column];
+    static_cast<T*>(p.out)[row * p.capacity + c] = value;
+  }
+}
+
+void outlier_flags(const OutlierFlags& p, Stream stream) {
+  if (p.cols == 0) return;
+  fill_bytes(p.flags, 0, p.cols, stream);
+  if (p.rows == 0) return;
+  dispatch_float(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kVector = kVectorWidth<T>;
+    const bool vector = packable(static_cast<const T*>(p.x), p.cols, kVector);
+    auto kernel = vector ? outlier_flags_kernel<T, kVector> : outlier_flags_kernel<T, 1>;
+    const dim3 grid = vector ? Tile<kVector>::grid(p.rows, p.cols) : Tile<1>::grid(p.rows, p.cols);
+    LAUNCH(kernel, grid, Tile<1>::block(), 0, stream, p);
+  });
+}
+
+void compact_columns(const CompactColumns& p, Stream stream) {
+  LAUNCH(compact_columns_kernel, dim3(1), dim3(kCompactThreads), 0, stream, p);
+}
+
+void zero_columns(const ZeroColumns& p, Stream stream) {
+  if (p.rows == 0 || p.cols == 0) return;
+  const int64_t wanted = ceil_div(p.rows, kTileWarps);
+  const dim3 grid(static_cast<unsigned>(wanted < kZeroBlocks ? wanted : kZeroBlocks));
+  LAUNCH(zero_columns_kernel, grid, dim3(kTileLanes, kTileWarps), 0, stream, p);
+}
+
+void extract_columns(const ExtractColumns& p, Stream stream) {
+  if (p.rows == 0 || p.capacity == 0) return;
+  dispatch_float(p.dtype, [&](auto element) {
+    auto kernel = extract_columns_kernel<decltype(element)>;
+    LAUNCH(kernel, Tile<1>::grid(p.rows, p.capacity), Tile<1>::block(), 0, stream, p);
+  });
+}
+
+}  // namespace octavo::GPU_NS
