@@ -1,6 +1,8 @@
 // Every operator of the library on one screen.
 #include "common/op.h"
-#ifndef OCTAVO_SIMT
+#ifdef OCTAVO_SIMT
+#include "simt/order.h"
+#else
 #include "cpu/parallel.h"
 #endif
 

@@ -25,7 +25,7 @@ struct QuantizeColumns {
   float* scale;       // [cols]
   uint32_t* absmax;   // [cols] workspace: abs_bits
   int8_t* row_codes;  // [rows, cols] by the row's scale, or null
-  float* row_scale;   // [rows] or null
+  float* row_scale;   // [rows] or null: only the columns' codes are wanted (row_codes is null for cols = 0 too)
   int64_t rows, cols;
 };
 

@@ -54,7 +54,7 @@ void quantize_columns(const QuantizeColumns& p, Stream) {
   parallel_for(p.rows, row_grain(p.cols), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<uint32_t[]> mine(new uint32_t[p.cols]());
     for (int64_t i = begin; i < end; ++i) {
-      if (p.row_codes) loops.rows(by_row, i, i + 1);
+      if (p.row_scale) loops.rows(by_row, i, i + 1);
       loops.column_absmax(element(p.x, p.dtype, i * p.cols), p.dtype, p.cols, mine.get());
     }
     for (int64_t j = 0; j < p.cols; ++j) raise(p.absmax + j, mine[j]);

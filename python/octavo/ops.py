@@ -11,24 +11,32 @@ from it is NaN; no other row is touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _C  # noqa: F401  registers the operators
 
-_NAMESPACES = ("octavo", "octavo_simt")
+_fakes: dict[str, Callable[..., Any]] = {}
 
 
-def _fake(name: str):  # type: ignore[no-untyped-def]
-    """Register the decorated function as the fake of op `name` (and of its twin in a test build)."""
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the fake of op `name`."""
 
-    def register(function):  # type: ignore[no-untyped-def]
-        for namespace in _NAMESPACES:
-            if hasattr(getattr(torch.ops, namespace), name):
-                torch.library.register_fake(f"{namespace}::{name}", function)
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _fakes[name] = function
+        torch.library.register_fake(f"octavo::{name}", function)
         return function
 
     return register
+
+
+def register_fakes(namespace: str) -> None:
+    """Give the operators of another namespace with the same schemas (a test build's) the same fakes."""
+    for name, function in _fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", function)
 
 
 # ---- quantization --------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ be as close to them as fp32 accumulation allows). Slow, and meant to be read.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ def _absmax(x: Tensor, dim: int) -> Tensor:
     return x.abs().amax(dim) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim:][1:])
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _check_threshold(threshold: float) -> None:
     if not threshold >= 0.0:
         raise RuntimeError(f"threshold must be 0 or positive, got {threshold}")
@@ -49,7 +55,7 @@ def dequantize_rowwise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.
 
 
 def quantize_columnwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    values = x.float().reshape(-1, x.shape[-1])
+    values = _rows(x.float())
     scale, inverse = _scales(_absmax(values, 0))
     return _encode(values, inverse, torch.zeros_like(values, dtype=torch.bool)).reshape(x.shape), scale
 
@@ -67,7 +73,7 @@ def quantize_rowwise_columnwise(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 def find_outlier_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     _check_threshold(threshold)
     k = x.shape[-1]
-    found = (x.float().abs() >= threshold).reshape(-1, k).any(0).nonzero().flatten()
+    found = (_rows(x.float()).abs() >= threshold).any(0).nonzero().flatten()
     columns = torch.full((k,), -1, dtype=torch.int32, device=x.device)
     columns[: len(found)] = found.int()
     return columns, torch.tensor([len(found)], dtype=torch.int32, device=x.device)
@@ -116,7 +122,7 @@ def int8_linear(
     codes, scale = quantize_rowwise(x, threshold)
     is_outlier = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
     if threshold > 0:
-        is_outlier = (x.float().abs() >= threshold).reshape(-1, x.shape[-1]).any(0)
+        is_outlier = (_rows(x.float()).abs() >= threshold).any(0)
     full_weight = weight.double() * weight_scale.double()[:, None]
     if outlier_slot is not None and outlier_weight is not None:
         kept = outlier_slot >= 0
