@@ -32,9 +32,19 @@ static void define_ops(Library& m) {
 }
 
 #ifdef OCTAVO_SIMT
-STABLE_TORCH_LIBRARY(octavo_simt, m) {
+STABLE_TORCH_LIBRARY(octavo_simt, m) {  // same schemas, the CUDA kernels on the host (tests)
   define_ops(m);
-}  // same schemas, the CUDA kernels on the host (tests)
+}
+
+// For ctypes: the order in which the machine runs threads. False: not an order.
+extern "C" __attribute__((visibility("default"))) bool octavo_simt_set_order(const char* order) {
+  try {
+    simt::set_order(order);
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
 #else
 STABLE_TORCH_LIBRARY(octavo, m) {
   define_ops(m);
