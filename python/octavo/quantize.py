@@ -156,7 +156,6 @@ def quantize_model(
                 model.set_submodule(alias, new)
             shape = (new.out_features, new.in_features)
             layers.append(LayerReport(name, shape, _bytes(linear), _bytes(new), new.kept_columns))
-            del target, linear
             done(name)
     return Report(method, threshold, layers, skipped, bytes_before, _bytes(model))
 
