@@ -15,12 +15,13 @@ from setuptools import setup
 
 ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 DEBUG = os.environ.get("OCTAVO_DEBUG", "0") == "1"
-OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3"]
+OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
 # One meaning on every machine: no contraction into fma, no fast-math; where fma is meant, it is written.
 CXX_FLAGS = [*OPTIMIZE, "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall",
              # g++ 12 takes the undefined lanes of its own AVX-512 intrinsics for a mistake.
              "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-NVCC_FLAGS = [*OPTIMIZE, "-std=c++20", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3"]
+NVCC_FLAGS += ["-std=c++20", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 
 def cuda_toolkit() -> str | None:
@@ -62,7 +63,10 @@ def extension():
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHS)
         cpp_extension.CUDA_HOME = home  # BuildExtension compiles .cu by this nvcc, with a CPU torch too
         sources += glob("csrc/**/*.cu", recursive=True)
-        macros += [("OCTAVO_WITH_CUDA", None), ("OCTAVO_CUDA_ARCHS", f'\\"{archs}\\"')]
+        # One word for the compilers' command lines, "sm75_sm80_ptx"; module.cpp makes it readable again.
+        names = archs.replace("+PTX", ";ptx").replace(".", "").replace(" ", ";").split(";")
+        word = "_".join(name if name == "ptx" else f"sm{name}" for name in names)
+        macros += [("OCTAVO_WITH_CUDA", None), ("OCTAVO_CUDA_ARCHS", word)]
         includes.append(f"{home}/include")
         library = next(path for path in (f"{home}/lib64", f"{home}/lib") if os.path.isdir(path))
         options = {"libraries": ["cudart_static", "rt", "dl", "pthread"], "library_dirs": [library]}

@@ -3,15 +3,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <string>
+
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 
 namespace py = pybind11;
 using octavo::cpu::Isa;
 
-#ifndef OCTAVO_CUDA_ARCHS
-#define OCTAVO_CUDA_ARCHS ""
-#endif
+#define OCTAVO_TEXT(word) #word
+#define OCTAVO_TEXT_OF(macro) OCTAVO_TEXT(macro)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "octavo's compiled module: operators (torch.ops.octavo), the CPU's instruction set, the build";
@@ -42,11 +44,14 @@ PYBIND11_MODULE(_C, m) {
       [] {
         py::dict info;
 #ifdef OCTAVO_WITH_CUDA
+        std::string archs = OCTAVO_TEXT_OF(OCTAVO_CUDA_ARCHS);
+        std::replace(archs.begin(), archs.end(), '_', ' ');
         info["cuda"] = true;
+        info["cuda_archs"] = archs;
 #else
         info["cuda"] = false;
+        info["cuda_archs"] = "";
 #endif
-        info["cuda_archs"] = OCTAVO_CUDA_ARCHS;
         info["compiler"] = __VERSION__;
         std::vector<std::string> names;
         for (const Isa level : octavo::cpu::available()) names.push_back(octavo::cpu::name_of(level));
