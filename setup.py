@@ -17,15 +17,23 @@ ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 DEBUG = os.environ.get("OCTAVO_DEBUG", "0") == "1"
 OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
 # One meaning on every machine: no contraction into fma, no fast-math; where fma is meant, it is written.
-CXX_FLAGS = [*OPTIMIZE, "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall",
-             # g++ 12 takes the undefined lanes of its own AVX-512 intrinsics for a mistake.
-             "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+CXX_FLAGS = [
+    *OPTIMIZE,
+    "-std=c++20",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+    # g++ 12 takes the undefined lanes of its own AVX-512 intrinsics for a mistake.
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 NVCC_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3"]
 NVCC_FLAGS += ["-std=c++20", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 
 def cuda_toolkit() -> str | None:
-    """The folder of a CUDA toolkit with nvcc, headers and the static runtime; None when there is none or CUDA is off."""
+    """The folder of a CUDA toolkit: nvcc, headers, static runtime. None when there is none, or CUDA is off."""
     wanted = os.environ.get("OCTAVO_CUDA", "auto")
     if wanted not in ("0", "1", "auto"):
         sys.exit(f"OCTAVO_CUDA must be 0, 1 or auto, got {wanted!r}")
@@ -41,24 +49,27 @@ def cuda_toolkit() -> str | None:
         if os.path.exists(f"{home}/bin/nvcc") and os.path.exists(f"{home}/include/cuda_runtime.h"):
             return os.path.realpath(home)
     if wanted == "1":
-        sys.exit("OCTAVO_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to a folder with bin/nvcc and "
-                 "include/cuda_runtime.h, or leave OCTAVO_CUDA unset to build for the CPU only")
+        sys.exit(
+            "OCTAVO_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to a folder with bin/nvcc and "
+            "include/cuda_runtime.h, or leave OCTAVO_CUDA unset to build for the CPU only"
+        )
     return None
 
 
 def extension():
-    from torch.utils import cpp_extension
-
     import pybind11
+    import torch
+    from torch.utils import cpp_extension
 
     # The stable ABI of torch 2.13: https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html
     macros = [("TORCH_TARGET_VERSION", "0x020D000000000000")]
-    sources = [path for path in glob("csrc/**/*.cpp", recursive=True)
-               if not path.endswith("_simt.cpp") and not path.startswith("csrc/simt/")]
+    sources = [
+        path
+        for path in glob("csrc/**/*.cpp", recursive=True)
+        if not path.endswith("_simt.cpp") and not path.startswith("csrc/simt/")
+    ]
     includes, options = [os.path.abspath("csrc"), pybind11.get_include()], {}
     home = cuda_toolkit()
-    import torch
-
     if home and torch.version.hip is None:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHS)
         cpp_extension.CUDA_HOME = home  # BuildExtension compiles .cu by this nvcc, with a CPU torch too
@@ -73,10 +84,17 @@ def extension():
         print(f"octavo: CUDA kernels for {archs} by {home}")
     else:
         print("octavo: CPU kernels only (no CUDA toolkit, or OCTAVO_CUDA=0)")
-    return cpp_extension.CppExtension(
-        "octavo._C", sorted(sources), include_dirs=includes, define_macros=macros,
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, **options,
-    ), cpp_extension.BuildExtension
+    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    module = cpp_extension.CppExtension(
+        "octavo._C",
+        sorted(sources),
+        include_dirs=includes,
+        define_macros=macros,
+        depends=glob("csrc/**/*.h", recursive=True),
+        extra_compile_args=flags,
+        **options,
+    )
+    return module, cpp_extension.BuildExtension
 
 
 with open("python/octavo/_version.py") as file:

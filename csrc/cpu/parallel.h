@@ -7,6 +7,12 @@ namespace octavo::cpu {
 // (ops.cpp). The library of kernels is torch-free: whoever links it says what runs the ranges.
 void parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
+// Rows per range of an elementwise loop: below 32768 elements a second thread costs more than it brings.
+constexpr int64_t kElementGrain = 32768;
+inline int64_t row_grain(int64_t cols) {
+  return cols > 0 ? (kElementGrain + cols - 1) / cols : kElementGrain;
+}
+
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;

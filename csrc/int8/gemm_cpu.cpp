@@ -69,7 +69,7 @@ void int8_gemm(const Int8Gemm& p, Stream) {
     const int64_t groups = ceil_div(p.m, loops.pack_rows);
     const int64_t bytes = groups * loops.pack_rows * ceil_div(p.k, kPackK) * kPackK;
     packed.reset(static_cast<int8_t*>(::operator new[](bytes, std::align_val_t(64))));
-    parallel_for(groups, ceil_div(32768, loops.pack_rows * p.k + 1),
+    parallel_for(groups, row_grain(loops.pack_rows * p.k),
                  [&](int64_t begin, int64_t end) { loops.pack(p, packed.get(), begin, end); });
   }
   const int64_t tiles_m = ceil_div(p.m, kTileM), tiles_n = ceil_div(p.n, kTileN);

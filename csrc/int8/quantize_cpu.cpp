@@ -9,12 +9,6 @@
 namespace octavo::cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements: below this a second thread costs more than it brings
-
-int64_t row_grain(int64_t cols) {
-  return ceil_div(kGrain, cols > 0 ? cols : 1);
-}
-
 const char* element(const void* x, DType dtype, int64_t i) {
   return static_cast<const char*>(x) + i * (dtype == DType::f32 ? 4 : 2);
 }
@@ -73,14 +67,14 @@ void quantize_columns(const QuantizeColumns& p, Stream) {
 void quantize_tensor(const QuantizeTensor& p, Stream) {
   const QuantizeLoops& loops = quantize_loops();
   *p.absmax = 0;
-  parallel_for(p.count, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(p.count, kElementGrain, [&](int64_t begin, int64_t end) {
     uint32_t mine = 0;
     loops.absmax(element(p.x, p.dtype, begin), p.dtype, end - begin, &mine);
     raise(p.absmax, mine);
   });
   *p.scale = scale_of(*p.absmax);
   const float inverse = inverse_scale_of(*p.absmax);
-  parallel_for(p.count, kGrain, [&](int64_t begin, int64_t end) {
+  parallel_for(p.count, kElementGrain, [&](int64_t begin, int64_t end) {
     loops.encode_row(element(p.x, p.dtype, begin), p.dtype, end - begin, &inverse, 0, p.codes + begin);
   });
 }

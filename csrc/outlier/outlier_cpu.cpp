@@ -8,12 +8,6 @@
 namespace octavo::cpu {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements read per range, at least
-
-int64_t row_grain(int64_t cols) {
-  return ceil_div(kGrain, cols > 0 ? cols : 1);
-}
-
 int64_t valid_count(const int32_t* count, int64_t capacity) {
   return *count < capacity ? *count : capacity;
 }

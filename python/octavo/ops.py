@@ -244,9 +244,7 @@ def int8_gemm(
 
 
 @_fake("int8_gemm")
-def _(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+def _(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out_dtype)
 
 
