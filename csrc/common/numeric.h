@@ -127,12 +127,11 @@ HD float inverse_scale_of(uint32_t absmax_bits) {
 
 // Round half to even, saturate to [-127, 127]. inverse == 0 gives 0 for every v, NaN and Inf included.
 HD int8_t encode(float v, float inverse) {
-  if (inverse == 0.0f) return 0;
-  const float r = v * inverse;
 #ifdef __CUDA_ARCH__
-  const int q = __float2int_rn(r);
+  const int q = __float2int_rn(v * inverse);  // Inf * 0 is NaN, and this conversion makes 0 of NaN: no test needed
 #else
-  const int q = static_cast<int>(std::nearbyint(r));
+  if (inverse == 0.0f) return 0;
+  const int q = static_cast<int>(std::nearbyint(v * inverse));
 #endif
   return static_cast<int8_t>(q < -127 ? -127 : q > 127 ? 127 : q);
 }

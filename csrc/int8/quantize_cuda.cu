@@ -3,6 +3,7 @@
 // A maximum does not depend on the order it is taken in, so every kernel here is deterministic, atomics included.
 #include "common/launch.h"
 #include "common/numeric.h"
+#include "common/ptx.h"
 #include "common/reduce.h"
 #include "common/tile.h"
 #include "int8/quantize.h"
@@ -23,7 +24,7 @@ __device__ inline uint32_t drop_outliers(Pack<T, N>& x, int64_t pack, const Quan
   UNROLL for (int e = 0; e < N; ++e) {
     if (is_outlier(to_float(x.at[e]), p.threshold)) {
       x.at[e] = T{};
-      if (p.flags != nullptr) p.flags[pack * N + e] = 1;
+      if (p.flags != nullptr) set_flag(p.flags + pack * N + e);
     }
   }
   return absmax_bits(x);
@@ -53,21 +54,25 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
   const T* x = static_cast<const T*>(p.x);
   const int64_t packs = p.cols / kWidth;
   const uint32_t limit = outlier_bits(p.threshold);
+  const unsigned resident = packs < kPacks * blockDim.x ? static_cast<unsigned>(packs) : kPacks * blockDim.x;
   uint32_t column_max[kColumns ? kPacks * kWidth : 1] = {};
   int phase = 0;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t start = row * packs;  // of the row, in packs
 
-    Pack<T, kWidth> kept[kPacks] = {};
+    // Past the end a thread repeats the last pack, which changes no maximum and costs less than zeros would.
+    Pack<T, kWidth> kept[kPacks];
+    unsigned at[kPacks];
     UNROLL for (int i = 0; i < kPacks; ++i) {
-      const unsigned pack = threadIdx.x + i * blockDim.x;
-      if (pack < packs) kept[i] = load_pack<kWidth>(x, start + pack);
+      at[i] = threadIdx.x + i * blockDim.x;
+      if (at[i] >= resident) at[i] = resident - 1;
+      kept[i] = load_pack<kWidth>(x, start + at[i]);
     }
     uint32_t absmax = 0;
     UNROLL for (int i = 0; i < kPacks; ++i) {
       uint32_t bits = absmax_bits(kept[i]);
-      if (bits >= limit) bits = drop_outliers(kept[i], threadIdx.x + i * blockDim.x, p);
+      if (bits >= limit) bits = drop_outliers(kept[i], at[i], p);
       absmax = bits > absmax ? bits : absmax;
       if constexpr (kColumns) {
         UNROLL for (int e = 0; e < kWidth; ++e) {
@@ -90,7 +95,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
 
     UNROLL for (int i = 0; i < kPacks; ++i) {
       const unsigned pack = threadIdx.x + i * blockDim.x;
-      if (pack < packs) store_pack(p.codes, start + pack, encode_pack(kept[i], inverse));
+      if (pack < resident) store_pack(p.codes, start + pack, encode_pack(kept[i], inverse));
     }
     NO_UNROLL for (int64_t pack = threadIdx.x + kPacks * blockDim.x; pack < packs; pack += blockDim.x) {
       auto again = load_pack<kWidth>(x, start + pack);
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
   if constexpr (kColumns) {
     UNROLL for (int i = 0; i < kPacks; ++i) {
       const unsigned pack = threadIdx.x + i * blockDim.x;
-      if (pack >= packs) break;
+      if (pack >= resident) break;
       UNROLL for (int e = 0; e < kWidth; ++e) atomicMax(column_absmax + pack * kWidth + e, column_max[i * kWidth + e]);
     }
   }
@@ -110,6 +115,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
 
 template <class T, int kWidth, bool kColumns>
 void launch_rows(const QuantizeRows& p, uint32_t* column_absmax, Stream stream) {
+  if (p.cols == 0) return fill_bytes(p.scale, 0, p.rows * sizeof(float), stream);
   constexpr int64_t kMost = kRowThreads<kColumns>;
   const int64_t wanted = ceil_div(ceil_div(p.cols, kRowElements<kWidth>), 32) * 32;
   const unsigned threads = static_cast<unsigned>(wanted < 32 ? 32 : wanted > kMost ? kMost : wanted);
