@@ -88,7 +88,7 @@ void check_same(const Buffer<T>& got, const Buffer<T>& want, const std::string& 
 
 std::string shape(int64_t rows, int64_t cols, DType dtype) {
   const char* names[] = {" f32", " f16", " bf16", " i32"};
-  return "(" + std::to_string(rows) + ", " + std::to_string(cols) + names[static_cast<int>(dtype)] + ")";
+  return std::string("(") + std::to_string(rows) + ", " + std::to_string(cols) + names[static_cast<int>(dtype)] + ")";
 }
 
 // ---- inputs ----
@@ -138,7 +138,7 @@ struct Shape {
 
 // Empty, single, odd, prime, around vector and tile widths; more columns than a block holds in registers.
 std::vector<Shape> shapes() {
-  std::vector<Shape> all = {{0, 5}, {1, 1},  {1, 31},  {3, 16},   {5, 33},   {7, 64},    {9, 100},
+  std::vector<Shape> all = {{0, 5}, {3, 0},  {1, 1},   {1, 31},   {3, 16},   {5, 33},    {7, 64},   {9, 100},
                             {2, 8}, {65, 7}, {64, 48}, {70, 130}, {130, 17}, {19, 1024}, {11, 1031}};
   all.push_back({2, 17000});
   all.push_back({3, 16640});

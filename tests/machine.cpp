@@ -7,7 +7,7 @@
 
 #include "check.h"
 #include "common/launch.h"
-#include "common/ptx.h"
+#include "ptx.cu"
 #include "simt/order.h"
 
 namespace octavo::GPU_NS {
@@ -224,30 +224,21 @@ void test_partial_warp() {
 
 // ---- cp.async ----
 
-struct Copied {
-  int before, first, both, tail;
-};
-
-__global__ void copy_kernel(const int4* in, Copied* out) {
-  SHARED(int4, tile, [2]);
-  cp_async_16(&tile[0], in);
-  cp_async_commit();
-  cp_async_16(&tile[1], in + 1, 4);
-  cp_async_commit();
-  out->before = tile[0].x;
-  cp_async_wait<1>();
-  out->first = tile[0].w;
-  out->both = tile[1].x;  // not yet there
-  cp_async_wait<0>();
-  out->tail = tile[1].x == 5 && tile[1].y == 0 && tile[1].w == 0;
-}
-
 void test_async_copy() {
   const int4 in[2] = {{1, 2, 3, 4}, {5, 6, 7, 8}};
   constexpr int kUnwritten = 0x7d7d7d7d;
-  Copied out{};
-  LAUNCH(copy_kernel, 1, 1, 0, nullptr, in, &out);
-  CHECK(out.before == kUnwritten && out.first == 4 && out.both == kUnwritten && out.tail == 1);
+  int4 seen[4];
+  async_copy(in, seen, nullptr);
+  CHECK(seen[0].x == kUnwritten);
+  CHECK(seen[1].x == 1 && seen[1].w == 4);
+  CHECK(seen[2].x == kUnwritten);
+  CHECK(seen[3].x == 5 && seen[3].y == 0 && seen[3].w == 0);
+}
+
+void test_set_flag() {
+  uint8_t flags[3] = {};
+  raise_flags(flags, nullptr);
+  CHECK(flags[0] == 1 && flags[1] == 1 && flags[2] == 0);
 }
 
 // ---- what must be reported ----
@@ -423,6 +414,7 @@ int main() {
   test_masks();
   test_partial_warp();
   test_async_copy();
+  test_set_flag();
   test_reports();
   test_launch_limits();
   test_atomics();

@@ -8,6 +8,15 @@
 
 namespace octavo::GPU_NS {
 
+// Raises a flag that other threads, of this block or another, may be raising too: an ordinary store would be a race.
+__device__ __forceinline__ void set_flag(uint8_t* flag) {
+#if !defined(__CUDACC__)
+  __atomic_store_n(flag, uint8_t{1}, __ATOMIC_RELAXED);
+#else
+  asm volatile("st.relaxed.gpu.u8 [%0], %1;" ::"l"(flag), "r"(1));
+#endif
+}
+
 // Starts a copy of 16 bytes from global to shared memory; only the first `bytes` are read, the rest becomes zero.
 // Both addresses are 16-byte aligned. Before sm_80 the copy is simply made.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes = 16) {

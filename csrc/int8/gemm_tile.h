@@ -8,10 +8,10 @@ namespace octavo::cpu {
 struct GemmTile {
   const Int8Gemm* p;
   const int8_t* a;  // p->a, or what pack() made of it
-  int64_t i0, j0, rows, cols;
-  int32_t* acc;  // [rows, kTileN] the integer sums
-  float* sum8;   // [rows, kTileN] the outlier parts, or null when there are none
-  float* sum16;
+  int64_t i0 = 0, j0 = 0, rows = 0, cols = 0;
+  int32_t* acc = nullptr;  // [rows, kTileN] the integer sums
+  float* sum8 = nullptr;   // [rows, kTileN] the outlier parts, or null when there are none
+  float* sum16 = nullptr;
 };
 
 constexpr int64_t kPackK = 64;

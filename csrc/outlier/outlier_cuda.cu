@@ -2,6 +2,7 @@
 // device, so nothing here waits for the host, and all of it can be captured in a CUDA graph.
 #include "common/launch.h"
 #include "common/numeric.h"
+#include "common/ptx.h"
 #include "common/reduce.h"
 #include "common/tile.h"
 #include "outlier/outlier.h"
@@ -18,7 +19,7 @@ __global__ void __launch_bounds__(kTileLanes* kTileWarps) outlier_flags_kernel(O
     const auto x = load_pack<kWidth>(static_cast<const T*>(p.x), row * tile.packs + tile.pack);
     if (absmax_bits(x) < limit) continue;
     UNROLL for (int e = 0; e < kWidth; ++e) {
-      if (is_outlier(to_float(x.at[e]), p.threshold)) p.flags[tile.pack * kWidth + e] = 1;
+      if (is_outlier(to_float(x.at[e]), p.threshold)) set_flag(p.flags + tile.pack * kWidth + e);
     }
   }
 }

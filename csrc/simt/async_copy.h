@@ -9,7 +9,7 @@ namespace octavo::simt_machine {
 inline void start_copy_16(void* shared, const void* global, int bytes) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
     fail("cp.async of 16 bytes between addresses that are not 16-byte aligned");
-  if (bytes < 0 || bytes > 16) fail("cp.async reads " + std::to_string(bytes) + " of 16 bytes");
+  if (bytes < 0 || bytes > 16) fail("cp.async reads %d of 16 bytes", bytes);
   start_copy(shared, global, bytes, 16 - bytes);
 }
 

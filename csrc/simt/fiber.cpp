@@ -6,8 +6,6 @@
 #include <cstdlib>
 #include <new>
 
-#include "simt/sanitizers.h"
-
 #if defined(__x86_64__)
 // octavo_simt_switch(void** save, void* load): pushes what the ABI lets a call change nothing of, swaps stacks, pops.
 // octavo_simt_start: first frame of a fiber; the constructor left the function in r13 and its argument in r12.
@@ -90,7 +88,9 @@ Fiber::Fiber(void (*body)(void*), void* argument) : body_(body), argument_(argum
   makecontext(&own_, reinterpret_cast<void (*)()>(start), 2, static_cast<unsigned>(uint64_t{self} >> 32),
               static_cast<unsigned>(self));
 #endif
-  become_new_thread();
+#if defined(OCTAVO_SIMT_TSAN)
+  own_thread_ = __tsan_create_fiber(0);
+#endif
 }
 
 Fiber::~Fiber() {
@@ -103,10 +103,12 @@ Fiber::~Fiber() {
   munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes);
 }
 
-void Fiber::become_new_thread() {
+void Fiber::release([[maybe_unused]] SyncPoint& point) {
 #if defined(OCTAVO_SIMT_TSAN)
-  if (own_thread_) __tsan_destroy_fiber(own_thread_);
-  own_thread_ = __tsan_create_fiber(0);
+  void* const caller = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(own_thread_, __tsan_switch_to_fiber_no_sync);
+  point.release();
+  __tsan_switch_to_fiber(caller, __tsan_switch_to_fiber_no_sync);
 #endif
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 #include <cstddef>
+
+#include "simt/sanitizers.h"
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
@@ -7,7 +9,8 @@
 namespace octavo::simt_machine {
 
 // A stack of its own that runs `body(argument)`; the body never returns. One thread drives it: resume() runs the body
-// until it calls suspend(), suspend() goes back to where resume() was called. A guard page ends the stack.
+// until it calls suspend(), suspend() goes back to where resume() was called. A guard page ends the stack. To
+// ThreadSanitizer it is a thread (and costs milliseconds to make).
 class Fiber {
  public:
   Fiber(void (*body)(void*), void* argument);
@@ -17,8 +20,8 @@ class Fiber {
 
   void resume();
   void suspend();
-  // To ThreadSanitizer the fiber is from now on a new thread, ordered after the caller alone.
-  void become_new_thread();
+  // Tells ThreadSanitizer, as if the fiber did it where it stands: what it did so far comes before point.acquire().
+  void release(SyncPoint& point);
 
  private:
 #if defined(__x86_64__)

@@ -69,9 +69,7 @@ Order& current_order() {
 struct Thread {
   enum State { ready, at_barrier, at_collective, done };
 
-  explicit Thread(void (*body)(void*)) : fiber(body, this) {}
-
-  Fiber fiber;
+  Fiber* fiber = nullptr;
   uint3 index{};
   unsigned linear = 0;
   State state = done;
@@ -121,7 +119,7 @@ class Machine {
   Votes barrier(bool vote, Where where);
   void collective(const char* name, uint32_t mask, void* operand, Combine combine, MemoryOrder order, Where where);
   void* shared_memory(const void* declaration, size_t bytes);
-  [[noreturn]] void fail(const std::string& what);
+  [[noreturn]] void fail(const char* what);
 
   std::mutex mutex;
   Thread* running = nullptr;
@@ -129,7 +127,7 @@ class Machine {
   SyncPoint fence;
 
  private:
-  static void thread_body(void* thread);
+  static void fiber_body(void* machine);
   void run_block(uint64_t index, std::mt19937& random);
   void run(Thread& thread);
   void exit_thread(Thread& thread);
@@ -140,9 +138,10 @@ class Machine {
 
   const Launch* launch_ = nullptr;
   const std::function<void()>* body_ = nullptr;
-  unsigned count_ = 0;                            // threads in a block
-  std::vector<std::unique_ptr<Thread>> threads_;  // at least count_; kept between launches
-  std::vector<unsigned> turn_;                    // the order of one round over the threads
+  unsigned count_ = 0;  // threads in a block
+  std::vector<Thread> threads_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;  // made when first needed, then kept
+  std::vector<unsigned> turn_;                  // the order of one round over the threads
   std::string error_;
   SyncPoint start_, end_;
 };
@@ -178,10 +177,13 @@ void Machine::launch(const Launch& launch, const std::function<void()>& body) {
   gridDim = launch.grid;
   blockDim = launch.block;
   count_ = blockDim.x * blockDim.y * blockDim.z;
-  while (threads_.size() < count_) threads_.push_back(std::make_unique<Thread>(thread_body));
+  if (fibers_.size() < count_) fibers_.resize(count_);
+  for (unsigned i = 0; i < count_; ++i)
+    if (!fibers_[i]) fibers_[i] = std::make_unique<Fiber>(fiber_body, this);
+  threads_.resize(count_);
   for (unsigned i = 0; i < count_; ++i) {
-    threads_[i]->linear = i;
-    threads_[i]->index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+    threads_[i].linear = i;
+    threads_[i].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
   }
   const Order order = current_order();
   std::mt19937 random(order.seed);
@@ -212,48 +214,55 @@ void Machine::run_block(uint64_t index, std::mt19937& random) {
   blockIdx = {static_cast<unsigned>(index % gridDim.x), static_cast<unsigned>(index / gridDim.x % gridDim.y),
               static_cast<unsigned>(index / gridDim.x / gridDim.y)};
   for (unsigned i = 0; i < count_; ++i) {
-    threads_[i]->state = Thread::ready;
-    threads_[i]->name = nullptr;
-    threads_[i]->group = 0;
-    threads_[i]->fiber.become_new_thread();
+    threads_[i].state = Thread::ready;
+    threads_[i].name = nullptr;
+    threads_[i].group = 0;
+    // Turning with the block: else thread i of two blocks were one thread to ThreadSanitizer, and it saw no race
+    // between them.
+    threads_[i].fiber = fibers_[(i + index) % count_].get();
   }
   const bool shuffle = current_order().kind == Order::random;
   while (block->alive && error_.empty()) {
     if (shuffle) std::shuffle(turn_.begin(), turn_.end(), random);
     bool progress = false;
     for (const unsigned i : turn_) {
-      if (threads_[i]->state != Thread::ready) continue;
+      if (threads_[i].state != Thread::ready) continue;
       progress = true;
-      run(*threads_[i]);
+      run(threads_[i]);
       if (!error_.empty()) break;
     }
     if (!progress) error_ = deadlock_report();
   }
   const UntrackedMemory untracked;
   block.reset();
-  if (!error_.empty()) {
-    threads_.clear();  // stuck in the middle of the kernel
-    throw std::runtime_error(std::exchange(error_, {}));
+  if (error_.empty()) return;
+  for (unsigned i = 0; i < count_; ++i) {
+    if (threads_[i].state == Thread::done) continue;
+    threads_[i].fiber->release(end_);
+    threads_[i].copies.clear();
+    fibers_[(i + index) % count_].reset();  // stands in the middle of the kernel
   }
+  end_.acquire();
+  throw std::runtime_error(std::exchange(error_, {}));
 }
 
 void Machine::run(Thread& thread) {
   running = &thread;
   threadIdx = thread.index;
-  thread.fiber.resume();
+  thread.fiber->resume();
   running = nullptr;
 }
 
-// The fiber's whole life: the same thread of block after block, launch after launch.
-void Machine::thread_body(void* argument) {
-  auto& thread = *static_cast<Thread*>(argument);
-  Machine& self = machine();
+// A fiber's whole life: one CUDA thread after another, of block after block and launch after launch.
+void Machine::fiber_body(void* argument) {
+  Machine& machine = *static_cast<Machine*>(argument);
   for (;;) {
-    self.start_.acquire();
-    (*self.body_)();
-    self.end_.release();
-    self.exit_thread(thread);
-    thread.fiber.suspend();
+    Thread& thread = *machine.running;
+    machine.start_.acquire();
+    (*machine.body_)();
+    machine.end_.release();
+    machine.exit_thread(thread);
+    thread.fiber->suspend();
   }
 }
 
@@ -265,8 +274,8 @@ void Machine::exit_thread(Thread& thread) {
   if (block->waiting && block->waiting == block->alive) release_barrier();
   const unsigned first = thread.linear / 32 * 32, last = std::min(first + 32, count_);
   for (unsigned i = first; i < last; ++i)
-    if (threads_[i]->state == Thread::at_collective)
-      try_combine(thread.linear / 32, threads_[i]->mask, threads_[i]->combine);
+    if (threads_[i].state == Thread::at_collective)
+      try_combine(thread.linear / 32, threads_[i].mask, threads_[i].combine);
 }
 
 // ---- what a kernel calls ----
@@ -282,7 +291,7 @@ Votes Machine::barrier(bool vote, Where where) {
   if (++block->waiting == block->alive)
     release_barrier();
   else
-    thread.fiber.suspend();
+    thread.fiber->suspend();
   sync.acquire();
   return thread.votes;
 }
@@ -291,17 +300,17 @@ void Machine::release_barrier() {
   Votes votes{0, static_cast<int>(block->waiting)};
   const Thread* first = nullptr;
   for (unsigned i = 0; i < count_; ++i) {
-    const Thread& thread = *threads_[i];
+    const Thread& thread = threads_[i];
     if (thread.state != Thread::at_barrier) continue;
     votes.yes += thread.vote;
     if (!first) first = &thread;
     if (thread.where.line() != first->where.line() ||
         std::strcmp(thread.where.file_name(), first->where.file_name()) != 0)
-      fail(format("threads %u and %u meet in different barriers, %s:%u and %s:%u", first->linear, thread.linear,
-                  first->where.file_name(), first->where.line(), thread.where.file_name(), thread.where.line()));
+      simt_machine::fail("threads %u and %u meet in different barriers, %s:%u and %s:%u", first->linear, thread.linear,
+                         first->where.file_name(), first->where.line(), thread.where.file_name(), thread.where.line());
   }
   for (unsigned i = 0; i < count_; ++i) {
-    Thread& thread = *threads_[i];
+    Thread& thread = threads_[i];
     if (thread.state != Thread::at_barrier) continue;
     thread.votes = votes;
     thread.state = Thread::ready;
@@ -316,14 +325,14 @@ void Machine::collective(const char* name, uint32_t mask, void* operand, Combine
   thread.name = name;
   thread.where = where;
   const unsigned warp = thread.linear / 32;
-  if (!(mask >> thread.linear % 32 & 1)) fail(format("the calling lane is not in the mask %08x", mask));
+  if (!(mask >> thread.linear % 32 & 1)) simt_machine::fail("the calling lane is not in the mask %08x", mask);
   thread.mask = mask;
   thread.operand = operand;
   thread.combine = combine;
   thread.state = Thread::at_collective;
   SyncPoint& sync = block->warp_sync[warp];
   if (order == MemoryOrder::warp) sync.release();
-  if (!try_combine(warp, mask, combine)) thread.fiber.suspend();
+  if (!try_combine(warp, mask, combine)) thread.fiber->suspend();
   if (order == MemoryOrder::warp) sync.acquire();
 }
 
@@ -333,7 +342,7 @@ bool Machine::try_combine(unsigned warp, uint32_t mask, Combine combine) {
   uint32_t lanes = 0;
   const unsigned size = std::min(32u, count_ - warp * 32);
   for (unsigned lane = 0; lane < size; ++lane) {
-    const Thread& thread = *threads_[warp * 32 + lane];
+    const Thread& thread = threads_[warp * 32 + lane];
     if (!(mask >> lane & 1) || thread.state == Thread::done) continue;
     if (thread.state != Thread::at_collective || thread.mask != mask || thread.combine != combine) return false;
     operands[lane] = thread.operand;
@@ -341,7 +350,7 @@ bool Machine::try_combine(unsigned warp, uint32_t mask, Combine combine) {
   }
   combine(operands, lanes);
   for (unsigned lane = 0; lane < size; ++lane)
-    if (lanes >> lane & 1) threads_[warp * 32 + lane]->state = Thread::ready;
+    if (lanes >> lane & 1) threads_[warp * 32 + lane].state = Thread::ready;
   return true;
 }
 
@@ -349,7 +358,8 @@ void* Machine::shared_memory(const void* declaration, size_t bytes) {
   for (const SharedBlock& shared : block->shared)
     if (shared.declaration == declaration) return shared.memory.get();
   block->static_bytes += bytes;
-  if (block->static_bytes > kMaxStaticShared) fail(format("%zu bytes of static shared memory", block->static_bytes));
+  if (block->static_bytes > kMaxStaticShared)
+    simt_machine::fail("%zu bytes of static shared memory", block->static_bytes);
   const UntrackedMemory untracked;
   block->shared.push_back({declaration, poisoned_memory(bytes)});
   return block->shared.back().memory.get();
@@ -362,15 +372,15 @@ std::string Machine::location() const {
                 launch_->where.line(), blockIdx.x, blockIdx.y, blockIdx.z);
 }
 
-void Machine::fail(const std::string& what) {
+void Machine::fail(const char* what) {
   {
     const UntrackedMemory untracked;
-    error_ = "octavo: simt: " + what + location();
+    error_ = std::string("octavo: simt: ") + what + location();
     if (running->name)
       error_ += format(", thread %u, last at %s, %s:%u", running->linear, running->name, running->where.file_name(),
                        running->where.line());
   }
-  running->fiber.suspend();  // run_block sees error_ and never comes back
+  running->fiber->suspend();  // run_block sees error_ and never comes back
   std::abort();
 }
 
@@ -378,7 +388,7 @@ std::string Machine::deadlock_report() const {
   std::map<std::string, std::vector<unsigned>> groups;
   unsigned exited = 0;
   for (unsigned i = 0; i < count_; ++i) {
-    const Thread& thread = *threads_[i];
+    const Thread& thread = threads_[i];
     if (thread.state == Thread::done) {
       ++exited;
       continue;
@@ -439,7 +449,12 @@ bool next_copy(int pending_groups, AsyncCopy* copy) {
   return true;
 }
 
-void fail(const std::string& what) {
+void fail(const char* pattern, ...) {
+  char what[512];
+  va_list values;
+  va_start(values, pattern);
+  std::vsnprintf(what, sizeof what, pattern, values);
+  va_end(values);
   machine().fail(what);
 }
 

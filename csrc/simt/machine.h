@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <functional>
 #include <source_location>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -79,7 +78,9 @@ void start_copy(void* to, const void* from, int bytes, int zero_bytes);
 void commit_copies();
 bool next_copy(int pending_groups, AsyncCopy* copy);
 
-[[noreturn]] void fail(const std::string& what);  // from a kernel: ends the launch with this error
+// From a kernel: ends the launch with this error. The fiber never goes on, so nothing on its stack is destroyed:
+// callers hold nothing that must be, a std::string for one.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* pattern, ...);
 
 }  // namespace simt_machine
 }  // namespace octavo

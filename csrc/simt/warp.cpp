@@ -38,8 +38,7 @@ void combine_shuffle(void* const operands[32], uint32_t lanes) {
   for_each_lane(lanes, [&](int lane) {
     auto& to = of<ShuffleOperand>(operands, lane);
     const int source = source_lane(kind, lane, to.operand, to.width);
-    if (!(lanes >> source & 1))
-      fail("lane " + std::to_string(lane) + " shuffles from lane " + std::to_string(source) + ", which takes no part");
+    if (!(lanes >> source & 1)) fail("lane %d shuffles from lane %d, which takes no part", lane, source);
     to.result = of<ShuffleOperand>(operands, source).value;
   });
 }
@@ -101,7 +100,7 @@ uint64_t shuffle_bits(const char* name, Shuffle kind, uint32_t mask, uint64_t va
                       Where where) {
   static constexpr Combine combine[] = {combine_shuffle<Shuffle::index>, combine_shuffle<Shuffle::up>,
                                         combine_shuffle<Shuffle::down>, combine_shuffle<Shuffle::exclusive_or>};
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("shuffle width " + std::to_string(width));
+  if (width < 1 || width > 32 || (width & (width - 1))) fail("shuffle width %d", width);
   ShuffleOperand mine{value, 0, operand, width};
   collective(name, mask, &mine, combine[static_cast<int>(kind)], MemoryOrder::none, where);
   return mine.result;
