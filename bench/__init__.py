@@ -21,7 +21,7 @@ def main(
 
     Args:
         family: one of `FAMILIES`; None runs all.
-        quick: fewer shapes and rounds (about a minute).
+        quick: fewer shapes and rounds (a minute or two).
         out: folder for FAMILY-<time>.json and FAMILY.png; None only prints.
         threads: thread counts to measure one after another; None takes torch's.
         device: "cpu" or "cuda".

@@ -60,7 +60,7 @@ class Effort:
     sample_s: float = 5e-3
     budget_s: float = 20.0
     min_rounds: int = 5
-    max_rounds: int = 51
+    max_rounds: int = 101
 
     def rounds(self, one_round_s: float) -> int:
         fitting = self.budget_s / max(one_round_s, 1e-9)
@@ -68,7 +68,7 @@ class Effort:
 
 
 FULL = Effort()
-QUICK = Effort(sample_s=3e-3, budget_s=5.0, min_rounds=3, max_rounds=21)
+QUICK = Effort(sample_s=3e-3, budget_s=5.0, min_rounds=3)
 
 
 @dataclass(frozen=True)
