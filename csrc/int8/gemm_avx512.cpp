@@ -55,13 +55,15 @@ __m128i reduce(__m512i a, __m512i b, __m512i c, __m512i d) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
-// acc[kRows][4] += the products over [0, k) of a (packed) and b. At kRows = 6: 24 accumulators, 4 b, 1 a of the 32
-// registers, and 24 multiplications for 10 loads.
-template <int kRows>
-void kernel(const int8_t* a, const int8_t* const* b, int64_t k, int32_t* acc) {
-  __m512i sum[kRows][4];
+// acc[kRows][4] += the products over [0, k) of a (packed) and b; with kSums also b_sums[4] += the sums of b, as one
+// more row of ones. At kRows = 6: 24 accumulators, 4 b, 1 a of the 32 registers, and 24 multiplications for 10 loads.
+template <int kRows, bool kSums>
+void kernel(const int8_t* a, const int8_t* const* b, int64_t k, int32_t* acc, int32_t* b_sums) {
+  constexpr int kAll = kRows + kSums;
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i sum[kAll][4];
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kAll; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_si512();
   const int8_t *b0 = b[0], *b1 = b[1], *b2 = b[2], *b3 = b[3];
@@ -71,59 +73,49 @@ void kernel(const int8_t* a, const int8_t* const* b, int64_t k, int32_t* acc) {
     const __m512i bv[4] = {_mm512_maskz_loadu_epi8(some, b0 + l), _mm512_maskz_loadu_epi8(some, b1 + l),
                            _mm512_maskz_loadu_epi8(some, b2 + l), _mm512_maskz_loadu_epi8(some, b3 + l)};
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i av = _mm512_load_si512(a + i * kStep);
+    for (int i = 0; i < kAll; ++i) {
+      const __m512i av = i < kRows ? _mm512_load_si512(a + i * kStep) : ones;
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) multiply_add(sum[i][j], av, bv[j]);
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) {
-    __m128i* to = reinterpret_cast<__m128i*>(acc + i * kTileN);
+  for (int i = 0; i < kAll; ++i) {
+    __m128i* to = reinterpret_cast<__m128i*>(i < kRows ? acc + i * kTileN : b_sums);
     *to = _mm_add_epi32(*to, reduce(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
   }
 }
 
-// -128 * sum(b) of four rows, which this also brings into cache.
-__m128i corrections(const int8_t* const* b, int64_t k) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-  for (int64_t l = 0; l < k; l += kStep)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[j] = _mm512_dpbusd_epi32(sum[j], ones, codes(b[j] + l, first_lanes(k - l)));
-  return _mm_slli_epi32(_mm_sub_epi32(_mm_setzero_si128(), reduce(sum[0], sum[1], sum[2], sum[3])), 7);
-}
+using Kernel = void (*)(const int8_t*, const int8_t* const*, int64_t, int32_t*, int32_t*);
+// By the number of rows: 0 to 5 leave registers for the sums of b.
+constexpr Kernel kWithSums[kGroup] = {kernel<0, true>, kernel<1, true>, kernel<2, true>,
+                                      kernel<3, true>, kernel<4, true>, kernel<5, true>};
 
 void multiply(const GemmTile& t) {
   const int64_t k = t.p->k, group_bytes = kGroup * ceil_div(k, kStep) * kStep;
   // With one group there is nothing to keep in L1: b streams past once.
   const int64_t block = t.rows <= kGroup ? k : kBlockK;
-  const auto b_rows = [&](int64_t j, int64_t l, const int8_t** b) {  // beyond the edge the last row is repeated;
-    for (int64_t q = 0; q < 4; ++q)                                  // its sums are not used
-      b[q] = t.p->b + (t.j0 + (j + q < t.cols ? j + q : t.cols - 1)) * k + l;
-  };
-  const int8_t* b[4];
-  for (int64_t j = 0; j < t.cols; j += 4) {
-    b_rows(j, 0, b);
-    const __m128i start = corrections(b, k);
-    for (int64_t i = 0; i < t.rows; ++i) _mm_store_si128(reinterpret_cast<__m128i*>(t.acc + i * kTileN + j), start);
-  }
-  for (int64_t l = 0; l < k; l += block)
-    for (int64_t i = 0; i < t.rows; i += kGroup)
+  const int64_t full = t.rows / kGroup * kGroup;
+  alignas(64) int32_t b_sums[kTileN] = {};
+  __builtin_memset(t.acc, 0, t.rows * kTileN * sizeof(int32_t));
+  for (int64_t l = 0; l < k; l += block) {
+    const int64_t width = k - l < block ? k - l : block;
+    const auto pass = [&](int64_t i, Kernel multiply_rows) {
       for (int64_t j = 0; j < t.cols; j += 4) {
-        b_rows(j, l, b);
+        const int8_t* b[4];  // beyond the edge the last row is repeated; its sums are not used
+        for (int64_t q = 0; q < 4; ++q) b[q] = t.p->b + (t.j0 + (j + q < t.cols ? j + q : t.cols - 1)) * k + l;
         const int8_t* a = t.a + (t.i0 + i) / kGroup * group_bytes + l * kGroup;
-        const int64_t width = k - l < block ? k - l : block;
-        int32_t* acc = t.acc + i * kTileN + j;
-        switch (t.rows - i) {
-          case 1: kernel<1>(a, b, width, acc); break;
-          case 2: kernel<2>(a, b, width, acc); break;
-          case 3: kernel<3>(a, b, width, acc); break;
-          case 4: kernel<4>(a, b, width, acc); break;
-          case 5: kernel<5>(a, b, width, acc); break;
-          default: kernel<6>(a, b, width, acc);
-        }
+        multiply_rows(a, b, width, t.acc + i * kTileN + j, b_sums + j);
       }
+    };
+    pass(full, kWithSums[t.rows - full]);  // the rows that fill no group first: they bring the sums of b with them
+    for (int64_t i = 0; i < full; i += kGroup) pass(i, kernel<kGroup, false>);
+  }
+  for (int64_t i = 0; i < t.rows; ++i)
+    for (int64_t j = 0; j < kTileN; j += 16) {
+      __m512i* to = reinterpret_cast<__m512i*>(t.acc + i * kTileN + j);
+      *to = _mm512_sub_epi32(*to, _mm512_slli_epi32(_mm512_load_si512(b_sums + j), 7));
+    }
 }
 
 }  // namespace
