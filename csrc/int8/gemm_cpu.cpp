@@ -8,7 +8,7 @@
 namespace octavo::cpu {
 namespace {
 
-const GemmLoops& loops_for(const Int8Gemm& p) {
+const GemmLoops& loops_for([[maybe_unused]] const Int8Gemm& p) {
   switch (isa()) {
 #if OCTAVO_MAX_ISA >= 3
     case Isa::amx:
