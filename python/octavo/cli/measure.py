@@ -1,0 +1,60 @@
+"""`octavo eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import evaluate, models
+
+
+def measure(
+    console: Console, model: Path, text: Path, context: int, limit: int | None, dtype: str | None
+) -> dict[str, Any]:
+    """Everything that `octavo eval` prints; progress goes to `console`.
+
+    Raises:
+        ModelError, OSError, ValueError: the model or the text cannot be read, or the text is too short.
+    """
+    source = models.find_source(model)
+    tokenizer = models.load_tokenizer(source)
+    ids = evaluate.windows(_tokens(tokenizer, text), context, limit)
+    network = models.load_model(source, None if dtype is None else getattr(torch, dtype))
+    longest = getattr(network.config, "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise ValueError(f"--context {context} is more than the {longest} positions of {model}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("perplexity", total=len(ids))
+
+        def show(score: evaluate.Score) -> None:
+            bar.update(task, advance=1, description=f"perplexity {score.perplexity:.3f}")
+
+        score = evaluate.perplexity(network, ids, show)
+        bar.update(task, description="speed")
+        (speed,) = evaluate.speed([network], ids[0])
+    return {
+        "model": str(model),
+        "text": str(text),
+        "context": context,
+        "windows": len(ids),
+        "tokens": score.tokens,
+        "perplexity": score.perplexity,
+        "prefill_tokens_per_s": speed.prefill,
+        "decode_tokens_per_s": speed.decode,
+        "model_bytes": evaluate.model_bytes(network),
+        "peak_memory": evaluate.peak_memory(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _tokens(tokenizer: Any, path: Path) -> list[int]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

