@@ -83,6 +83,13 @@ struct Vec {
     const __m256 magnitude = _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)));
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, set(threshold), _CMP_GE_OQ)));
   }
+  static uint32_t nonzero(const uint8_t* p, int n = kWidth) {
+    uint64_t bytes = 0;
+    __builtin_memcpy(&bytes, p, n);
+    if (bytes == 0) return 0;
+    const __m128i zero = _mm_cmpeq_epi8(_mm_cvtsi64_si128(static_cast<long long>(bytes)), _mm_setzero_si128());
+    return ~static_cast<uint32_t>(_mm_movemask_epi8(zero)) & 0xffu;
+  }
   static F drop(F v, uint32_t mask) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i keep =

@@ -43,6 +43,10 @@ struct Vec {
   static uint32_t outliers(F v, float threshold) {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(v), set(threshold), _CMP_GE_OQ);
   }
+  static uint32_t nonzero(const uint8_t* p, int n = kWidth) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(lanes(n), p);
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
   static F drop(F v, uint32_t mask) { return _mm512_maskz_mov_ps(static_cast<__mmask16>(~mask), v); }
   // Lanes whose inverse is 0 give code 0 whatever v is; elsewhere |v * inverse| stays below 127.5.
   static void encode(int8_t* codes, F v, F inverse, int n = kWidth) {

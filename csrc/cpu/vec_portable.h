@@ -29,6 +29,7 @@ struct Vec {
   static U max_bits(U a, U b) { return a > b ? a : b; }
   static uint32_t reduce_max(U v) { return v; }
   static uint32_t outliers(F v, float threshold) { return is_outlier(v, threshold); }  // one bit per lane
+  static uint32_t nonzero(const uint8_t* p, int = kWidth) { return *p != 0; }          // one bit per lane
   static F drop(F v, uint32_t mask) { return mask ? 0.0f : v; }                        // lanes of the mask become 0
   static void encode(int8_t* codes, F v, F inverse, int = kWidth) { *codes = octavo::encode(v, inverse); }
   static F mul(F a, F b) { return a * b; }

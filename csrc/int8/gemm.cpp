@@ -88,9 +88,9 @@ Tensor int8_gemm(const Tensor& a_, const Tensor& b_, const Tensor& a_scale_, con
   return out;
 }
 
-// Quantize x and flag its outlier columns in one read; turn the flags into a list and clear those columns' codes; then
-// one product that adds the outlier columns, as many as the device-side count says. With one row a column is an
-// outlier exactly if its element is, and that element has code 0 already.
+// Flag the outlier columns of x and list them; quantize x without them; then one product that adds them, as many as the
+// device-side count says. x is read twice, the second time from cache where it fits: leaving whole columns out of the
+// rows' absmax, not only the elements above the threshold, is what keeps the scales of the other columns small.
 template <class B>
 Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight_scale_,
                    const std::optional<Tensor>& bias_, double threshold, const std::optional<Tensor>& slot_,
@@ -132,29 +132,32 @@ Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight
     columns = empty({p.k}, ScalarType::Int, x);
     count = empty({1}, ScalarType::Int, x);
   }
-  B::quantize_rows({.x = x.const_data_ptr(),
-                    .dtype = p.x_dtype,
-                    .codes = codes.mutable_data_ptr<int8_t>(),
-                    .scale = scale.mutable_data_ptr<float>(),
-                    .flags = limit > 0.0f ? flags.mutable_data_ptr<uint8_t>() : nullptr,
-                    .threshold = limit,
-                    .rows = p.m,
-                    .cols = p.k},
-                   device.stream());
   if (limit > 0.0f) {
     p.x = x.const_data_ptr();
     p.columns = columns.const_data_ptr<int32_t>();
     p.count = count.const_data_ptr<int32_t>();
+    B::outlier_flags({.x = p.x,
+                      .dtype = p.x_dtype,
+                      .flags = flags.mutable_data_ptr<uint8_t>(),
+                      .threshold = limit,
+                      .rows = p.m,
+                      .cols = p.k},
+                     device.stream());
     B::compact_columns({.flags = flags.const_data_ptr<uint8_t>(),
                         .columns = columns.mutable_data_ptr<int32_t>(),
                         .count = count.mutable_data_ptr<int32_t>(),
                         .cols = p.k},
                        device.stream());
-    if (p.m > 1)
-      B::zero_columns(
-          {.codes = codes.mutable_data_ptr<int8_t>(), .columns = p.columns, .count = p.count, .rows = p.m, .cols = p.k},
-          device.stream());
   }
+  B::quantize_rows({.x = x.const_data_ptr(),
+                    .dtype = p.x_dtype,
+                    .codes = codes.mutable_data_ptr<int8_t>(),
+                    .scale = scale.mutable_data_ptr<float>(),
+                    .skip = limit > 0.0f ? flags.const_data_ptr<uint8_t>() : nullptr,
+                    .threshold = 0.0f,
+                    .rows = p.m,
+                    .cols = p.k},
+                   device.stream());
   p.a = codes.const_data_ptr<int8_t>();
   p.b = weight.const_data_ptr<int8_t>();
   p.a_scale = scale.const_data_ptr<float>();
@@ -177,7 +180,7 @@ void register_ops(Library& m) {
   struct Name {                                                  \
     static constexpr auto quantize_rows = ns::quantize_rows;     \
     static constexpr auto compact_columns = ns::compact_columns; \
-    static constexpr auto zero_columns = ns::zero_columns;       \
+    static constexpr auto outlier_flags = ns::outlier_flags;     \
     static constexpr auto int8_gemm = ns::int8_gemm;             \
   };
 OCTAVO_REGISTER(register_ops, GEMM_BACKEND)

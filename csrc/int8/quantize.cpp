@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> quantize_rowwise(const Tensor& x_, double threshold) 
                     .dtype = dtype,
                     .codes = codes.mutable_data_ptr<int8_t>(),
                     .scale = scale.mutable_data_ptr<float>(),
-                    .flags = nullptr,
+                    .skip = nullptr,
                     .threshold = limit,
                     .rows = row_count(x),
                     .cols = last_size(x)},

@@ -5,15 +5,15 @@ namespace octavo {
 
 // All tensors are contiguous and row-major; x is read in its own dtype; the arithmetic is common/numeric.h.
 
-// codes[i, j] = encode(x[i, j], 127 / absmax_i), scale[i] = absmax_i / 127. With threshold > 0, elements with
-// |x| >= threshold are outliers: they are left out of the absmax and coded 0, and flags[j] becomes 1.
+// codes[i, j] = encode(x[i, j], 127 / absmax_i), scale[i] = absmax_i / 127. Elements with |x| >= threshold (where it is
+// positive) and those in columns with skip[j] != 0 are left out of the absmax and coded 0.
 struct QuantizeRows {
   const void* x;  // [rows, cols]
   DType dtype;
-  int8_t* codes;    // [rows, cols]
-  float* scale;     // [rows]
-  uint8_t* flags;   // [cols] or null; the kernel writes all of it (0 or 1)
-  float threshold;  // 0: no outliers
+  int8_t* codes;        // [rows, cols]
+  float* scale;         // [rows]
+  const uint8_t* skip;  // [cols] or null
+  float threshold;      // 0: none
   int64_t rows, cols;
 };
 

@@ -36,7 +36,6 @@ const QuantizeLoops& quantize_loops() {
 }
 
 void quantize_rows(const QuantizeRows& p, Stream) {
-  if (p.flags) std::memset(p.flags, 0, p.cols);
   const QuantizeLoops& loops = quantize_loops();
   parallel_for(p.rows, row_grain(p.cols), [&](int64_t begin, int64_t end) { loops.rows(p, begin, end); });
 }

@@ -3,7 +3,6 @@
 // A maximum does not depend on the order it is taken in, so every kernel here is deterministic, atomics included.
 #include "common/launch.h"
 #include "common/numeric.h"
-#include "common/ptx.h"
 #include "common/reduce.h"
 #include "common/tile.h"
 #include "int8/quantize.h"
@@ -17,17 +16,26 @@ __device__ inline Pack<int8_t, N> encode_pack(const Pack<T, N>& x, float inverse
   return codes;
 }
 
-// Clears the outliers of a row's pack and flags their columns; returns the absmax of what is left. Threads that meet
-// the same column store the same 1: no order matters.
+// Clears the outliers of a pack; returns the absmax of what is left.
 template <class T, int N>
-__device__ inline uint32_t drop_outliers(Pack<T, N>& x, int64_t pack, const QuantizeRows& p) {
+__device__ inline uint32_t drop_outliers(Pack<T, N>& x, float threshold) {
   UNROLL for (int e = 0; e < N; ++e) {
-    if (is_outlier(to_float(x.at[e]), p.threshold)) {
-      x.at[e] = T{};
-      if (p.flags != nullptr) set_flag(p.flags + pack * N + e);
-    }
+    if (is_outlier(to_float(x.at[e]), threshold)) x.at[e] = T{};
   }
   return absmax_bits(x);
+}
+
+// Pack number `pack` of the row that starts at pack `start`, without the columns that p.skip names.
+template <bool kSkip, int N, class T>
+__device__ inline Pack<T, N> load_kept(const QuantizeRows& p, const T* x, int64_t start, int64_t pack) {
+  auto kept = load_pack<N>(x, start + pack);
+  if constexpr (kSkip) {
+    const auto skip = load_pack<N>(p.skip, pack);
+    UNROLL for (int e = 0; e < N; ++e) {
+      if (skip.at[e] != 0) kept.at[e] = T{};
+    }
+  }
+  return kept;
 }
 
 // ---- rows ----
@@ -47,7 +55,7 @@ constexpr int kRowThreads = kColumns ? 768 : 1024;  // at most, per row; the col
 constexpr int kWarpRows = 8;                        // rows per block when a warp takes a row
 constexpr int64_t kRowBlocks = 1 << 14;             // at most: several waves on any GPU; then blocks take further rows
 
-template <class T, int kWidth, bool kColumns>
+template <class T, int kWidth, bool kColumns, bool kSkip>
 __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(QuantizeRows p, uint32_t* column_absmax) {
   constexpr int kPacks = kRowElements<kWidth> / kWidth;
   SHARED(uint32_t, scratch, [2][kMaxWarps]);
@@ -67,12 +75,12 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
     UNROLL for (int i = 0; i < kPacks; ++i) {
       at[i] = threadIdx.x + i * blockDim.x;
       if (at[i] >= resident) at[i] = resident - 1;
-      kept[i] = load_pack<kWidth>(x, start + at[i]);
+      kept[i] = load_kept<kSkip, kWidth>(p, x, start, at[i]);
     }
     uint32_t absmax = 0;
     UNROLL for (int i = 0; i < kPacks; ++i) {
       uint32_t bits = absmax_bits(kept[i]);
-      if (bits >= limit) bits = drop_outliers(kept[i], at[i], p);
+      if (bits >= limit) bits = drop_outliers(kept[i], p.threshold);
       absmax = bits > absmax ? bits : absmax;
       if constexpr (kColumns) {
         UNROLL for (int e = 0; e < kWidth; ++e) {
@@ -82,9 +90,9 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
       }
     }
     NO_UNROLL for (int64_t pack = threadIdx.x + kPacks * blockDim.x; pack < packs; pack += blockDim.x) {
-      auto again = load_pack<kWidth>(x, start + pack);
+      auto again = load_kept<kSkip, kWidth>(p, x, start, pack);
       uint32_t bits = absmax_bits(again);
-      if (bits >= limit) bits = drop_outliers(again, pack, p);
+      if (bits >= limit) bits = drop_outliers(again, p.threshold);
       absmax = bits > absmax ? bits : absmax;
     }
 
@@ -98,8 +106,8 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
       if (pack < resident) store_pack(p.codes, start + pack, encode_pack(kept[i], inverse));
     }
     NO_UNROLL for (int64_t pack = threadIdx.x + kPacks * blockDim.x; pack < packs; pack += blockDim.x) {
-      auto again = load_pack<kWidth>(x, start + pack);
-      if (absmax_bits(again) >= limit) drop_outliers(again, pack, p);
+      auto again = load_kept<kSkip, kWidth>(p, x, start, pack);
+      if (absmax_bits(again) >= limit) drop_outliers(again, p.threshold);
       store_pack(p.codes, start + pack, encode_pack(again, inverse));
     }
   }
@@ -113,7 +121,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
   }
 }
 
-template <class T, int kWidth, bool kColumns>
+template <class T, int kWidth, bool kColumns, bool kSkip>
 void launch_rows(const QuantizeRows& p, uint32_t* column_absmax, Stream stream) {
   if (p.cols == 0) return fill_bytes(p.scale, 0, p.rows * sizeof(float), stream);
   constexpr int64_t kMost = kRowThreads<kColumns>;
@@ -124,7 +132,7 @@ void launch_rows(const QuantizeRows& p, uint32_t* column_absmax, Stream stream) 
   // With columns, a few rows per block: their atomics are then a fraction of the traffic of x.
   const int64_t most = kColumns ? (ceil_div(grid, 4) < 1024 ? ceil_div(grid, 4) : 1024) : kRowBlocks;
   if (grid > most) grid = most;
-  auto kernel = quantize_rows_kernel<T, kWidth, kColumns>;
+  auto kernel = quantize_rows_kernel<T, kWidth, kColumns, kSkip>;
   LAUNCH(kernel, dim3(static_cast<unsigned>(grid)), block, 0, stream, p, column_absmax);
 }
 
@@ -132,45 +140,57 @@ void launch_rows(const QuantizeRows& p, uint32_t* column_absmax, Stream stream) 
 //
 // Two reads, since a code needs the whole column: maxima into a workspace, then codes. x is read by tiles.
 
+// What there is per column (maxima, scales) moves up to 16 bytes at a time, too.
+template <int kWidth>
+constexpr int kPart = kWidth < 4 ? kWidth : 4;
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kTileLanes* kTileWarps) column_absmax_kernel(QuantizeColumns p) {
-  // [warp][element][lane]: lanes side by side, so that neither the writes nor the reads below conflict in banks.
-  SHARED(uint32_t, partial, [kTileWarps][kWidth][kTileLanes]);
+  constexpr int kParts = kWidth / kPart<kWidth>, kCols = kTileLanes * kWidth;
+  SHARED(uint32_t, partial, [kTileWarps][kCols]);
   const Tile<kWidth> tile(p.rows, p.cols);
-  uint32_t absmax[kWidth] = {};
+  Pack<uint32_t, kPart<kWidth>> absmax[kParts] = {};
   if (tile.pack < tile.packs) {
     for (int64_t row = tile.row; row < tile.end; row += kTileWarps) {
       const auto x = load_pack<kWidth>(static_cast<const T*>(p.x), row * tile.packs + tile.pack);
       UNROLL for (int e = 0; e < kWidth; ++e) {
+        uint32_t& most = absmax[e / kPart<kWidth>].at[e % kPart<kWidth>];
         const uint32_t bits = abs_bits(to_float(x.at[e]));
-        absmax[e] = bits > absmax[e] ? bits : absmax[e];
+        most = bits > most ? bits : most;
       }
     }
   }
-  UNROLL for (int e = 0; e < kWidth; ++e) partial[threadIdx.y][e][threadIdx.x] = absmax[e];
+  UNROLL for (int q = 0; q < kParts; ++q) store_pack(partial[threadIdx.y], threadIdx.x * kParts + q, absmax[q]);
   __syncthreads();
-  if (tile.pack >= tile.packs) return;
-  for (int e = threadIdx.y; e < kWidth; e += kTileWarps) {  // a warp per element of the pack
-    uint32_t bits = 0;
-    UNROLL for (int warp = 0; warp < kTileWarps; ++warp) {
-      const uint32_t other = partial[warp][e][threadIdx.x];
-      bits = other > bits ? other : bits;
-    }
-    atomicMax(p.absmax + tile.pack * kWidth + e, bits);
+  // A thread per column: lanes side by side in shared memory and in their atomics.
+  const int64_t first = (tile.pack - threadIdx.x) * kWidth;
+  const int column = threadIdx.y * kTileLanes + threadIdx.x;
+  static_assert(kCols <= kTileLanes * kTileWarps);
+  if (column >= kCols || first + column >= p.cols) return;
+  uint32_t most = 0;
+  UNROLL for (int warp = 0; warp < kTileWarps; ++warp) {
+    const uint32_t bits = partial[warp][column];
+    most = bits > most ? bits : most;
   }
+  atomicMax(p.absmax + first + column, most);
 }
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kTileLanes* kTileWarps) encode_columns_kernel(QuantizeColumns p) {
+  constexpr int kParts = kWidth / kPart<kWidth>;
   const Tile<kWidth> tile(p.rows, p.cols);
   if (tile.pack >= tile.packs) return;
   float inverse[kWidth];
-  UNROLL for (int e = 0; e < kWidth; ++e) inverse[e] = inverse_scale_of(p.absmax[tile.pack * kWidth + e]);
-  if (tile.first && threadIdx.y == 0) {
-    UNROLL for (int e = 0; e < kWidth; ++e) p.scale[tile.pack * kWidth + e] =
-        scale_of(p.absmax[tile.pack * kWidth + e]);
+  UNROLL for (int q = 0; q < kParts; ++q) {
+    const auto absmax = load_pack<kPart<kWidth>>(p.absmax, tile.pack * kParts + q);
+    Pack<float, kPart<kWidth>> scale;
+    UNROLL for (int e = 0; e < kPart<kWidth>; ++e) {
+      inverse[q * kPart<kWidth> + e] = inverse_scale_of(absmax.at[e]);
+      scale.at[e] = scale_of(absmax.at[e]);
+    }
+    if (tile.first && threadIdx.y == 0) store_pack(p.scale, tile.pack * kParts + q, scale);
   }
-  for (int64_t row = tile.row; row < tile.end; row += kTileWarps) {
+  NO_UNROLL for (int64_t row = tile.row; row < tile.end; row += kTileWarps) {
     const auto x = load_pack<kWidth>(static_cast<const T*>(p.x), row * tile.packs + tile.pack);
     Pack<int8_t, kWidth> codes;
     UNROLL for (int e = 0; e < kWidth; ++e) codes.at[e] = encode(to_float(x.at[e]), inverse[e]);
@@ -187,7 +207,7 @@ void launch_columns(const QuantizeColumns& p, Stream stream) {
                             .dtype = p.dtype,
                             .codes = p.row_codes,
                             .scale = p.row_scale,
-                            .flags = nullptr,
+                            .skip = nullptr,
                             .threshold = 0.0f,
                             .rows = p.rows,
                             .cols = p.cols};
@@ -195,9 +215,9 @@ void launch_columns(const QuantizeColumns& p, Stream stream) {
     // own.
     absmax_done = p.cols <= kRowElements<kWidth> * kRowThreads<true>;
     if (absmax_done)
-      launch_rows<T, kWidth, true>(rows, p.absmax, stream);
+      launch_rows<T, kWidth, true, false>(rows, p.absmax, stream);
     else
-      launch_rows<T, kWidth, false>(rows, nullptr, stream);
+      launch_rows<T, kWidth, false, false>(rows, nullptr, stream);
   }
   if (p.cols == 0) return;
   if (!absmax_done) {
@@ -281,16 +301,24 @@ void launch_dequantize(const DequantizeRows& p, Stream stream) {
   LAUNCH(kernel, Tile<kWidth>::grid(p.rows, p.cols), Tile<kWidth>::block(), 0, stream, p);
 }
 
+template <class T, int kWidth>
+void launch_rows(const QuantizeRows& p, Stream stream) {
+  if (p.skip != nullptr)
+    launch_rows<T, kWidth, false, true>(p, nullptr, stream);
+  else
+    launch_rows<T, kWidth, false, false>(p, nullptr, stream);
+}
+
 void quantize_rows(const QuantizeRows& p, Stream stream) {
-  if (p.flags != nullptr && p.cols > 0) fill_bytes(p.flags, 0, p.cols, stream);
   if (p.rows == 0) return;
   dispatch_float(p.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int kVector = kVectorWidth<T>;
-    if (packable(static_cast<const T*>(p.x), p.cols, kVector) && packable(p.codes, p.cols, kVector))
-      launch_rows<T, kVector, false>(p, nullptr, stream);
+    if (packable(static_cast<const T*>(p.x), p.cols, kVector) && packable(p.codes, p.cols, kVector) &&
+        packable(p.skip, p.cols, kVector))
+      launch_rows<T, kVector>(p, stream);
     else
-      launch_rows<T, 1, false>(p, nullptr, stream);
+      launch_rows<T, 1>(p, stream);
   });
 }
 
@@ -300,7 +328,7 @@ void quantize_columns(const QuantizeColumns& p, Stream stream) {
     using T = decltype(element);
     constexpr int kVector = kVectorWidth<T>;
     if (packable(static_cast<const T*>(p.x), p.cols, kVector) && packable(p.codes, p.cols, kVector) &&
-        packable(p.row_codes, p.cols, kVector))
+        packable(p.row_codes, p.cols, kVector) && packable(p.absmax, p.cols, 4) && packable(p.scale, p.cols, 4))
       launch_columns<T, kVector>(p, stream);
     else
       launch_columns<T, 1>(p, stream);

@@ -51,20 +51,17 @@ void flag_outliers(uint32_t mask, uint8_t* flags) {
 template <class V>
 struct Loops {
   template <class T>
-  static uint32_t row_absmax(const T* x, int64_t cols, float threshold, uint8_t* flags) {
+  static typename V::F load_kept(const QuantizeRows& p, const T* x, int64_t j, int n) {
+    const typename V::F v = V::load(x + j, n);
+    uint32_t drop = p.skip ? V::nonzero(p.skip + j, n) : 0;
+    if (p.threshold != 0.0f) drop |= V::outliers(v, p.threshold);
+    return drop ? V::drop(v, drop) : v;
+  }
+
+  template <class T>
+  static uint32_t row_absmax(const T* x, int64_t cols) {
     typename V::U most = V::zero_bits();
-    if (threshold == 0.0f) {
-      each_vector<V>(cols, [&](int64_t j, int n) { most = V::max_bits(most, V::abs_bits(V::load(x + j, n))); });
-    } else {
-      each_vector<V>(cols, [&](int64_t j, int n) {
-        typename V::F v = V::load(x + j, n);
-        if (const uint32_t mask = V::outliers(v, threshold)) {
-          v = V::drop(v, mask);
-          if (flags) flag_outliers<V>(mask, flags + j);
-        }
-        most = V::max_bits(most, V::abs_bits(v));
-      });
-    }
+    each_vector<V>(cols, [&](int64_t j, int n) { most = V::max_bits(most, V::abs_bits(V::load(x + j, n))); });
     return V::reduce_max(most);
   }
 
@@ -75,21 +72,25 @@ struct Loops {
       for (int64_t i = begin; i < end; ++i) {
         const T* x = static_cast<const T*>(p.x) + i * p.cols;
         int8_t* codes = p.codes + i * p.cols;
-        const uint32_t absmax = row_absmax(x, p.cols, p.threshold, p.flags);
+        const bool all = !p.skip && p.threshold == 0.0f;
+        typename V::U most = V::zero_bits();
+        if (!all)
+          each_vector<V>(p.cols,
+                         [&](int64_t j, int n) { most = V::max_bits(most, V::abs_bits(load_kept(p, x, j, n))); });
+        const uint32_t absmax = all ? row_absmax(x, p.cols) : V::reduce_max(most);
         p.scale[i] = scale_of(absmax);
         const typename V::F inverse = V::set(inverse_scale_of(absmax));
-        each_vector<V>(p.cols, [&](int64_t j, int n) {
-          typename V::F v = V::load(x + j, n);
-          if (p.threshold != 0.0f) v = V::drop(v, V::outliers(v, p.threshold));
-          V::encode(codes + j, v, inverse, n);
-        });
+        if (all)
+          each_vector<V>(p.cols, [&](int64_t j, int n) { V::encode(codes + j, V::load(x + j, n), inverse, n); });
+        else
+          each_vector<V>(p.cols, [&](int64_t j, int n) { V::encode(codes + j, load_kept(p, x, j, n), inverse, n); });
       }
     });
   }
 
   static void absmax(const void* x, DType dtype, int64_t count, uint32_t* absmax) {
     dispatch_float(dtype, [&](auto type) {
-      const uint32_t most = row_absmax(static_cast<const decltype(type)*>(x), count, 0.0f, nullptr);
+      const uint32_t most = row_absmax(static_cast<const decltype(type)*>(x), count);
       if (most > *absmax) *absmax = most;
     });
   }

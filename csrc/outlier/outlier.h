@@ -20,14 +20,6 @@ struct CompactColumns {
   int64_t cols;
 };
 
-// codes[:, columns[c]] = 0 for c < *count.
-struct ZeroColumns {
-  int8_t* codes;           // [rows, cols]
-  const int32_t* columns;  // [cols]
-  const int32_t* count;    // [1]
-  int64_t rows, cols;
-};
-
 // out[i, c] = x[i, columns[c]] for c < min(*count, capacity) and a valid column, else 0.
 // With scale (x is int8): out[i, c] = x[i, columns[c]] * scale[i].
 struct ExtractColumns {
@@ -43,7 +35,6 @@ struct ExtractColumns {
 #define OCTAVO_OUTLIER_KERNELS                         \
   void outlier_flags(const OutlierFlags&, Stream);     \
   void compact_columns(const CompactColumns&, Stream); \
-  void zero_columns(const ZeroColumns&, Stream);       \
   void extract_columns(const ExtractColumns&, Stream);
 namespace cpu {
 OCTAVO_OUTLIER_KERNELS

@@ -47,15 +47,6 @@ void compact_columns(const CompactColumns& p, Stream) {
   *p.count = count;
 }
 
-void zero_columns(const ZeroColumns& p, Stream) {
-  const int32_t count = *p.count;
-  if (count == 0) return;
-  parallel_for(p.rows, row_grain(count), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int32_t c = 0; c < count; ++c) p.codes[i * p.cols + p.columns[c]] = 0;
-  });
-}
-
 void extract_columns(const ExtractColumns& p, Stream) {
   dispatch_float(p.dtype, [&](auto type) {
     using T = decltype(type);

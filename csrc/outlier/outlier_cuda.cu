@@ -1,4 +1,4 @@
-// Outlier columns: find, list, clear, extract. The list has a fixed capacity (all columns) and its length stays on the
+// Outlier columns: find, list, extract. The list has a fixed capacity (all columns) and its length stays on the
 // device, so nothing here waits for the host, and all of it can be captured in a CUDA graph.
 #include "common/launch.h"
 #include "common/numeric.h"
@@ -50,18 +50,6 @@ __global__ void __launch_bounds__(kCompactThreads) compact_columns_kernel(Compac
   if (threadIdx.x == 0) *p.count = static_cast<int32_t>(count);
 }
 
-constexpr int64_t kZeroBlocks = 4096;  // at most; a block takes further rows
-
-// A thread per (row, listed column): lanes along the list. With nothing listed this reads one word.
-__global__ void __launch_bounds__(kTileLanes* kTileWarps) zero_columns_kernel(ZeroColumns p) {
-  const int32_t count = *p.count;
-  if (count == 0) return;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kTileWarps + threadIdx.y; row < p.rows;
-       row += static_cast<int64_t>(gridDim.x) * kTileWarps) {
-    for (int32_t c = threadIdx.x; c < count; c += kTileLanes) p.codes[row * p.cols + p.columns[c]] = 0;
-  }
-}
-
 // A tile of out per block: the gather from x is scattered, the stores are not.
 template <class T>
 __global__ void __launch_bounds__(kTileLanes* kTileWarps) extract_columns_kernel(ExtractColumns p) {
@@ -96,13 +84,6 @@ void outlier_flags(const OutlierFlags& p, Stream stream) {
 
 void compact_columns(const CompactColumns& p, Stream stream) {
   LAUNCH(compact_columns_kernel, dim3(1), dim3(kCompactThreads), 0, stream, p);
-}
-
-void zero_columns(const ZeroColumns& p, Stream stream) {
-  if (p.rows == 0 || p.cols == 0) return;
-  const int64_t wanted = ceil_div(p.rows, kTileWarps);
-  const dim3 grid(static_cast<unsigned>(wanted < kZeroBlocks ? wanted : kZeroBlocks));
-  LAUNCH(zero_columns_kernel, grid, dim3(kTileLanes, kTileWarps), 0, stream, p);
 }
 
 void extract_columns(const ExtractColumns& p, Stream stream) {

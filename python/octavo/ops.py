@@ -259,9 +259,9 @@ def int8_linear(
 ) -> Tensor:
     """The LLM.int8() product (arXiv 2208.07339, section 3): int8 for most columns, 16 bit for the outlier columns.
 
-    With O the columns of x where any ``|x| >= threshold``, and ``codes, scale = quantize_rowwise(x, threshold)``::
+    With O the columns of x where any ``|x| >= threshold``, and ``codes, scale = quantize_rowwise(x[:, ~O])``::
 
-        y = (codes[:, ~O] @ weight[:, ~O].T) * scale[:, None] * weight_scale
+        y = (codes @ weight[:, ~O].T) * scale[:, None] * weight_scale
           + x[:, O] @ (weight[:, O] * weight_scale[:, None]).T + bias
 
     The outlier part is accumulated in fp32, in the same kernel as the int8 part, which reads the number of outlier

@@ -119,13 +119,14 @@ def int8_linear(
     outlier_slot: Tensor | None = None,
     outlier_weight: Tensor | None = None,
 ) -> Tensor:
-    codes, scale = quantize_rowwise(x, threshold)
     is_outlier = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+    _check_threshold(threshold)
     if threshold > 0:
         is_outlier = (_rows(x.float()).abs() >= threshold).any(0)
+    codes, scale = quantize_rowwise(x.masked_fill(is_outlier, 0.0))
     full_weight = weight.double() * weight_scale.double()[:, None]
     if outlier_slot is not None and outlier_weight is not None:
         kept = outlier_slot >= 0
         full_weight[:, kept] = outlier_weight.double()[outlier_slot[kept].long()].T
-    out = int8_gemm(codes * ~is_outlier, weight, scale, weight_scale, bias)
+    out = int8_gemm(codes, weight, scale, weight_scale, bias)
     return out + x.double()[..., is_outlier] @ full_weight[:, is_outlier].T
