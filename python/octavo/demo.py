@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -220,25 +221,26 @@ def _record(ids: Tensor, rows: Sequence[Row], layers: int, seconds: float) -> di
 
 def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> None:
     machine = record["machine"]
-    table = Table(title=f"{record['model']}, {record['text']}")
+    table = Table(title=f"{record['model']}, {record['text']}", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("method", no_wrap=True)
-    for heading in ("layers\nMB", "model\nMB", "perplexity", "KL/token", "prefill\ntok/s", "decode\ntok/s"):
+    for heading in ("layers\nMB", "model\nMB", "perplexity", "KL\n/token", "prefill\ntok/s", "decode\ntok/s"):
         table.add_column(heading, justify="right", vertical="bottom")
     for row in rows:
         table.add_row(
             row.name,
-            f"{row.layer_bytes / 1e6:.1f} {row.layer_bytes / rows[0].layer_bytes:4.0%}",
-            f"{row.model_bytes / 1e6:.1f} {row.model_bytes / rows[0].model_bytes:4.0%}",
+            f"{row.layer_bytes / 1e6:.0f} {row.layer_bytes / rows[0].layer_bytes:4.0%}",
+            f"{row.model_bytes / 1e6:.0f} {row.model_bytes / rows[0].model_bytes:4.0%}",
             f"{row.perplexity:.2f}",
             f"{row.kl:.4f}",
             f"{row.prefill:.0f}",
             f"{row.decode:.1f}",
         )
     console.print(table)
+    notes = "; ".join(f"{row.name}: {row.note}" for row in rows if row.note)
     console.print(
-        f"layers: the {record['layers']} that int8 replaces. KL: nats per token from the first row. Speeds are medians "
-        f"of interleaved rounds, prompt {CONTEXT} tokens, batch 1.\n{machine['cpu']}, {machine['isa']}, "
-        f"threads={machine['threads']}, torch {machine['versions']['torch']}",
+        f"{notes}\nlayers: the {record['layers']} that int8 replaces. KL: nats per token from the first row. "
+        f"Speeds are medians of interleaved rounds, prompt {CONTEXT} tokens, batch 1.\n{machine['cpu']}, "
+        f"{machine['isa']}, threads={machine['threads']}, torch {machine['versions']['torch']}",
         style="dim",
     )
     console.print(f"\n{PROMPT}")
