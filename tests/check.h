@@ -61,14 +61,16 @@ inline int uniform(int low, int high) {
 }
 
 // n elements that end exactly where an inaccessible page begins: a read or write past the end is a crash, also of
-// vector instructions that a sanitizer does not see. The address is aligned as an element is, no more, unless the size
-// happens to be a multiple. Starts filled with 0x7d, so that what a kernel leaves unwritten shows.
+// vector instructions that a sanitizer does not see. Starts filled with 0x7d, so that what a kernel leaves unwritten
+// shows. With `unaligned` it ends an element earlier, so that no address is aligned better than an element must be.
+inline bool unaligned = false;
+
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t n) : size_(n) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t bytes = static_cast<size_t>(n) * sizeof(T), room = (bytes + page - 1) / page * page;
+    const size_t bytes = (static_cast<size_t>(n) + unaligned) * sizeof(T), room = (bytes + page - 1) / page * page;
     mapped_ = room + page;
     void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();

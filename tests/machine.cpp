@@ -41,6 +41,29 @@ std::vector<int> reversed(const char* order, bool wait) {
   return out;
 }
 
+// Two rounds through the same words. Without a barrier after the reads, a warp that is a round ahead spoils them for
+// the others; the warp barrier is one more place where a fair scheduler would let those catch up.
+__global__ void two_rounds_kernel(int* out, bool wait) {
+  SHARED(int, word, [kBlock / 32]);
+  const int i = static_cast<int>(threadIdx.x), warp = i / 32;
+  for (int round = 0; round < 2; ++round) {
+    __syncwarp();
+    if (i % 32 == 0) word[warp] = round;
+    __syncthreads();
+    __syncwarp();
+    out[round * kBlock + i] = word[(warp + 1) % (kBlock / 32)];
+    if (wait) __syncthreads();
+  }
+}
+
+std::vector<int> two_rounds(const char* order, bool wait) {
+  set_order(order);
+  std::vector<int> out(2 * kBlock);
+  LAUNCH(two_rounds_kernel, 1, kBlock, 0, nullptr, out.data(), wait);
+  set_order("forward");
+  return out;
+}
+
 void test_barrier() {
   std::vector<int> want(4 * kBlock);
   for (int i = 0; i < 4 * kBlock; ++i) want[i] = i / kBlock * kBlock + kBlock - 1 - i % kBlock;
@@ -50,7 +73,9 @@ void test_barrier() {
   // Without the barrier the result depends on the order, and is wrong in each: this is how a missing one shows.
   CHECK(reversed("forward", false) != reversed("reverse", false));
   for (const char* order : {"forward", "reverse", "random:1"}) CHECK(reversed(order, false) != want);
+  for (const char* order : {"forward", "reverse"}) CHECK(two_rounds(order, true) != two_rounds(order, false));
 #endif
+  for (const char* order : {"reverse", "random:1"}) CHECK(two_rounds(order, true) == two_rounds("forward", true));
   set_order("forward");
 }
 
@@ -325,7 +350,8 @@ void test_launch_limits() {
   CHECK(contains(rejected(1, dim3(1, 1, 65), 0), "the block is too large"));
   CHECK(contains(rejected(1, dim3(65536, 65536), 0), "the block is too large"));
   CHECK(contains(rejected(1, 32, (227 << 10) + 1), "too much shared memory"));
-  LAUNCH(empty_kernel, dim3(1, 65535), dim3(1, 1, 1), 227 << 10, nullptr);
+  LAUNCH(empty_kernel, dim3(1, 65535), 1, 0, nullptr);
+  LAUNCH(empty_kernel, 1, 1, 227 << 10, nullptr);
   LAUNCH(empty_kernel, 1, dim3(4, 4, 64), 0, nullptr);
 }
 

@@ -135,10 +135,6 @@ inline int __float2int_rn(float value) {
   if (value < -0x1p31f) return std::numeric_limits<int>::min();
   return static_cast<int>(std::nearbyint(value));
 }
-inline float __fmaf_rn(float a, float b, float c) {
-  return std::fma(a, b, c);
-}
-
 // Of two floats the one that is not NaN wins, as in CUDA.
 template <class A, class B>
 constexpr auto max(A a, B b) {
@@ -162,15 +158,6 @@ constexpr auto min(A a, B b) {
 template <class T>
 T __ldg(const T* address) {
   return *address;
-}
-// Streaming hints: the same access.
-template <class T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <class T>
-void __stcs(T* address, std::type_identity_t<T> value) {
-  *address = value;
 }
 
 // Atomics are relaxed, as on the GPU: they order nothing else.

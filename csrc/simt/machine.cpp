@@ -129,7 +129,7 @@ class Machine {
  private:
   static void fiber_body(void* machine);
   void run_block(uint64_t index, std::mt19937& random);
-  void run(Thread& thread);
+  bool run_warp(unsigned warp);
   void exit_thread(Thread& thread);
   void release_barrier();
   bool try_combine(unsigned warp, uint32_t mask, Combine combine);
@@ -140,8 +140,8 @@ class Machine {
   const std::function<void()>* body_ = nullptr;
   unsigned count_ = 0;  // threads in a block
   std::vector<Thread> threads_;
-  std::vector<std::unique_ptr<Fiber>> fibers_;  // made when first needed, then kept
-  std::vector<unsigned> turn_;                  // the order of one round over the threads
+  std::vector<std::unique_ptr<Fiber>> fibers_;   // made when first needed, then kept
+  std::vector<unsigned> warp_turn_, lane_turn_;  // the order in which warps, and lanes of a warp, run
   std::string error_;
   SyncPoint start_, end_;
 };
@@ -187,9 +187,11 @@ void Machine::launch(const Launch& launch, const std::function<void()>& body) {
   }
   const Order order = current_order();
   std::mt19937 random(order.seed);
-  turn_.resize(count_);
-  std::iota(turn_.begin(), turn_.end(), 0u);
-  if (order.kind == Order::reverse) std::reverse(turn_.begin(), turn_.end());
+  for (auto* turn : {&warp_turn_, &lane_turn_}) {
+    turn->resize(turn == &warp_turn_ ? (count_ + 31) / 32 : 32);
+    std::iota(turn->begin(), turn->end(), 0u);
+    if (order.kind == Order::reverse) std::reverse(turn->begin(), turn->end());
+  }
 
   const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
   std::vector<uint64_t> block_order;  // only random order needs one written out
@@ -223,12 +225,18 @@ void Machine::run_block(uint64_t index, std::mt19937& random) {
   }
   const bool shuffle = current_order().kind == Order::random;
   while (block->alive && error_.empty()) {
-    if (shuffle) std::shuffle(turn_.begin(), turn_.end(), random);
+    if (shuffle) {
+      std::shuffle(warp_turn_.begin(), warp_turn_.end(), random);
+      std::shuffle(lane_turn_.begin(), lane_turn_.end(), random);
+    }
     bool progress = false;
-    for (const unsigned i : turn_) {
-      if (threads_[i].state != Thread::ready) continue;
-      progress = true;
-      run(threads_[i]);
+    for (const unsigned warp : warp_turn_) {
+      // A warp goes on until all its lanes wait for other warps, past a barrier that it was the last to reach: as far
+      // ahead of the others as it may be. In random order, sometimes.
+      while (run_warp(warp)) {
+        progress = true;
+        if (!error_.empty() || (shuffle && random() % 2)) break;
+      }
       if (!error_.empty()) break;
     }
     if (!progress) error_ = deadlock_report();
@@ -246,11 +254,20 @@ void Machine::run_block(uint64_t index, std::mt19937& random) {
   throw std::runtime_error(std::exchange(error_, {}));
 }
 
-void Machine::run(Thread& thread) {
-  running = &thread;
-  threadIdx = thread.index;
-  thread.fiber->resume();
-  running = nullptr;
+// Runs each lane that is ready once, to where it waits next; false if there was none.
+bool Machine::run_warp(unsigned warp) {
+  bool any = false;
+  for (const unsigned lane : lane_turn_) {
+    const unsigned i = warp * 32 + lane;
+    if (i >= count_ || threads_[i].state != Thread::ready) continue;
+    any = true;
+    running = &threads_[i];
+    threadIdx = running->index;
+    running->fiber->resume();
+    running = nullptr;
+    if (!error_.empty()) break;
+  }
+  return any;
 }
 
 // A fiber's whole life: one CUDA thread after another, of block after block and launch after launch.

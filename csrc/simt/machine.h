@@ -1,8 +1,8 @@
 #pragma once
 // The host SIMT machine: runs a CUDA kernel as C++, one fiber per CUDA thread, one block after another.
 //
-// It is made to find mistakes, not to be fast. A thread runs until it reaches a barrier, a warp collective or its end;
-// then the next one in the chosen order runs (order.h), so threads are as far apart as CUDA lets them be. Collectives
+// It is made to find mistakes, not to be fast. A warp runs until all its lanes wait for other warps, each lane until it
+// reaches a collective, a barrier or its end, in the chosen order (order.h): threads are far apart. Warp collectives
 // are computed by the last lane of the mask to arrive; cp.async data arrives only at the wait that covers it; shared
 // memory starts poisoned; what can never go on is reported with kernel, block, threads, file and line. Every such
 // report is a std::runtime_error out of the launch. One kernel runs at a time, from whichever host thread.
