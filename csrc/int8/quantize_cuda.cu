@@ -1,6 +1,8 @@
 // int8 quantization of rows, columns and tensors, and back. All of it is bound by memory: the aim is one 16-byte
 // access per thread and pack, every byte of x read as few times as the result allows, and few instructions per element.
 // A maximum does not depend on the order it is taken in, so every kernel here is deterministic, atomics included.
+#include <type_traits>
+
 #include "common/launch.h"
 #include "common/numeric.h"
 #include "common/reduce.h"
@@ -25,14 +27,19 @@ __device__ inline uint32_t drop_outliers(Pack<T, N>& x, float threshold) {
   return absmax_bits(x);
 }
 
-// Pack number `pack` of the row that starts at pack `start`, without the columns that p.skip names.
+// Pack number `pack` of the row that starts at pack `start`, without the columns that p.skip names: its bytes are
+// tested all at once, since few are set.
 template <bool kSkip, int N, class T>
 __device__ inline Pack<T, N> load_kept(const QuantizeRows& p, const T* x, int64_t start, int64_t pack) {
   auto kept = load_pack<N>(x, start + pack);
   if constexpr (kSkip) {
-    const auto skip = load_pack<N>(p.skip, pack);
-    UNROLL for (int e = 0; e < N; ++e) {
-      if (skip.at[e] != 0) kept.at[e] = T{};
+    using Bytes = std::conditional_t<N == 8, uint64_t, std::conditional_t<N == 4, uint32_t, uint8_t>>;
+    static_assert(sizeof(Bytes) == N);
+    const Bytes skip = reinterpret_cast<const Bytes*>(p.skip)[pack];
+    if (skip != 0) {
+      UNROLL for (int e = 0; e < N; ++e) {
+        if (skip >> 8 * e & 0xff) kept.at[e] = T{};
+      }
     }
   }
   return kept;
