@@ -97,6 +97,9 @@ def test_speed_counts_tokens(logits):
     speeds = evaluate.speed(models, torch.arange(7), steps=3, rounds=2)
     turn = [[(id(model), 7), (id(model), 1), (id(model), 1)] for model in models]
     assert calls == (turn[0] + turn[1]) * 3
+    calls.clear()
+    evaluate.speed(models, torch.arange(7), steps=3, rounds=2, warm=True)
+    assert calls == (turn[0] + turn[1]) * 2
     assert [len(s.prefill_seconds) for s in speeds] == [2, 2]
     assert [len(s.step_seconds) for s in speeds] == [4, 4]
     assert evaluate.Speed(8, [1.0, 2.0, 9.0], [0.5, 0.25, 0.125]).prefill == 4.0

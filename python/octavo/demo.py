@@ -120,7 +120,7 @@ def run(
             candidates.append(model)
         scores = _score(reference, candidates, ids, step)
         step("speed, in turns")
-        speeds = evaluate.speed(candidates, ids[0], steps=16, rounds=rounds)
+        speeds = evaluate.speed(candidates, ids[0], steps=9, rounds=rounds, warm=True)
         step("samples")
         samples = [_sample(model, tokenizer) for model in candidates]
     layers = _quantized_layers(candidates)
@@ -174,7 +174,7 @@ def _score(reference: Any, candidates: Sequence[Any], ids: Tensor, step: Callabl
 def _sample(model: Any, tokenizer: Any) -> str:
     chat = [{"role": "user", "content": PROMPT}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    *_, chosen = evaluate.generate(model, ids["input_ids"][0], 40, stop=(tokenizer.eos_token_id,))
+    *_, chosen = evaluate.generate(model, ids["input_ids"][0], 32, stop=(tokenizer.eos_token_id,))
     return str(tokenizer.decode(chosen, skip_special_tokens=True)).strip()
 
 

@@ -102,18 +102,19 @@ class Speed:
         return 1.0 / statistics.median(self.step_seconds)
 
 
-def speed(models: Iterable[Any], prompt: Tensor, steps: int = 16, rounds: int = 3) -> list[Speed]:
+def speed(models: Iterable[Any], prompt: Tensor, steps: int = 16, rounds: int = 3, warm: bool = False) -> list[Speed]:
     """Prefill and greedy decoding of several models, interleaved, so that all meet the same state of the machine.
 
     Args:
         models: causal language models of transformers.
         prompt: token ids [context].
         steps: tokens to decode after it in each round.
-        rounds: after one round that warms up and is not counted.
+        rounds: to measure.
+        warm: the models have run already; else one more round comes first and is not counted.
     """
     models = list(models)
     speeds = [Speed(len(prompt)) for _ in models]
-    for counted in range(rounds + 1):
+    for counted in range(warm, rounds + 1):
         for model, result in zip(models, speeds, strict=True):
             seconds, step_seconds, _ = generate(model, prompt, steps)
             if counted:
