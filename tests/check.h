@@ -68,9 +68,10 @@ inline bool unaligned = false;
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : size_(n) {
+  explicit Buffer(int64_t n, size_t element = sizeof(T)) : size_(n) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t bytes = (static_cast<size_t>(n) + unaligned) * sizeof(T), room = (bytes + page - 1) / page * page;
+    const size_t bytes = static_cast<size_t>(n) * sizeof(T) + (unaligned ? element : 0);
+    const size_t room = (bytes + page - 1) / page * page;
     mapped_ = room + page;
     void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
