@@ -48,9 +48,10 @@ __device__ inline Pack<T, N> load_kept(const QuantizeRows& p, const T* x, int64_
 // ---- rows ----
 //
 // A row belongs to one warp (up to 512 columns) or one block (up to 1024 threads), 16 elements per thread: the row is
-// read once, stays in registers between the maximum and the codes, and is still few enough registers for full
-// occupancy. Columns beyond that, 16384 and more, are read a second time, from L2. Traffic: sizeof(T) + 1 bytes per
-// element. Without a vector path (odd sizes, unaligned views) the same code moves single elements.
+// read once and stays in registers between the maximum and the codes. At up to 64 registers an SM holds 1024 threads,
+// which have 32 KiB of a 16-bit x in flight: enough to cover the latency of memory. Columns beyond 16384 are read a
+// second time, from L2. Traffic: sizeof(T) + 1 bytes per element. Without a vector path (odd sizes, unaligned views)
+// the same code moves single elements.
 //
 // kColumns: the maxima of the thread's own columns, over all the rows that it meets, are kept in registers too and
 // leave as one atomic per column and block.
