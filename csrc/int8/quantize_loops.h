@@ -50,12 +50,14 @@ void flag_outliers(uint32_t mask, uint8_t* flags) {
 
 template <class V>
 struct Loops {
+  // Elements j ... of a row, without the outliers and the columns to skip. The arguments are copies: a store of codes
+  // could change what a reference refers to, as far as the compiler knows.
   template <class T>
-  static typename V::F load_kept(const QuantizeRows& p, const T* x, int64_t j, int n) {
-    const typename V::F v = V::load(x + j, n);
-    uint32_t drop = p.skip ? V::nonzero(p.skip + j, n) : 0;
-    if (p.threshold != 0.0f) drop |= V::outliers(v, p.threshold);
-    return drop ? V::drop(v, drop) : v;
+  static typename V::F load_kept(const T* x, const uint8_t* skip, float threshold, int64_t j, int n) {
+    typename V::F v = V::load(x + j, n);
+    if (threshold != 0.0f) v = V::drop(v, V::outliers(v, threshold));
+    if (skip) v = V::drop(v, V::nonzero(skip + j, n));
+    return v;
   }
 
   template <class T>
@@ -72,18 +74,17 @@ struct Loops {
       for (int64_t i = begin; i < end; ++i) {
         const T* x = static_cast<const T*>(p.x) + i * p.cols;
         int8_t* codes = p.codes + i * p.cols;
-        const bool all = !p.skip && p.threshold == 0.0f;
+        const uint8_t* skip = p.skip;
+        const float threshold = p.threshold;
         typename V::U most = V::zero_bits();
-        if (!all)
-          each_vector<V>(p.cols,
-                         [&](int64_t j, int n) { most = V::max_bits(most, V::abs_bits(load_kept(p, x, j, n))); });
-        const uint32_t absmax = all ? row_absmax(x, p.cols) : V::reduce_max(most);
+        each_vector<V>(p.cols, [=, &most](int64_t j, int n) {
+          most = V::max_bits(most, V::abs_bits(load_kept(x, skip, threshold, j, n)));
+        });
+        const uint32_t absmax = V::reduce_max(most);
         p.scale[i] = scale_of(absmax);
         const typename V::F inverse = V::set(inverse_scale_of(absmax));
-        if (all)
-          each_vector<V>(p.cols, [&](int64_t j, int n) { V::encode(codes + j, V::load(x + j, n), inverse, n); });
-        else
-          each_vector<V>(p.cols, [&](int64_t j, int n) { V::encode(codes + j, load_kept(p, x, j, n), inverse, n); });
+        each_vector<V>(
+            p.cols, [=](int64_t j, int n) { V::encode(codes + j, load_kept(x, skip, threshold, j, n), inverse, n); });
       }
     });
   }
