@@ -24,6 +24,7 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wall",
+    f"-fmacro-prefix-map={os.path.abspath('.')}/=",  # errors name csrc/..., not the folder of the build
     # g++ 12 takes the undefined lanes of its own AVX-512 intrinsics for a mistake.
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
