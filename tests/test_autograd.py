@@ -310,3 +310,22 @@ def test_train_learns_a_linear_map():
     # What is left is the int8 noise: uniform errors of a step's width, in x and in the weight, over 16 features.
     noise = 16 * ((3.0 / 127) ** 2 / 12 * target.square().mean() + (target.abs().amax() / 127) ** 2 / 12)
     assert loss.item() < 4 * 4 * noise.item()
+
+
+def test_forward_mode_is_an_error_not_a_zero():
+    weight, scale = octavo.quantize_rowwise(torch.randn(4, 8))
+    x = torch.randn(3, 8)
+    for call in (
+        lambda v: octavo.int8_matmul(v, weight, scale),
+        lambda v: octavo.int8_linear_train(v, torch.ones(4, 8)),
+    ):
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(call, (x,), (x,))
+
+
+def test_a_meta_weight_does_not_give_an_empty_result():
+    x, weight = torch.randn(3, 8), torch.empty(4, 8, dtype=torch.int8, device="meta")
+    with pytest.raises(RuntimeError, match="one device, got cpu and meta"):
+        octavo.int8_matmul(x, weight, torch.ones(4, device="meta"))
+    with pytest.raises(RuntimeError, match="one device, got cpu and meta"):
+        octavo.int8_mm(weight, torch.ones(4, 8, dtype=torch.int8))

@@ -276,3 +276,18 @@ def test_models_without_linears():
     octavo.quantize_model(model, progress=False)
     with pytest.raises(ValueError, match="Sequential has no"):
         octavo.quantize_model(model, progress=False)  # twice
+
+
+def test_encoder_layers_keep_what_their_fast_path_reads():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    model = nn.Sequential(layer, nn.Linear(16, 16))
+    report = octavo.quantize_model(model, progress=False)
+    assert [row.name for row in report.layers] == ["1"]
+    assert "reads its weight itself" in report.skipped["0.linear1"]
+    with torch.no_grad():
+        assert model(torch.randn(2, 5, 16)).isfinite().all()
+
+
+def test_a_name_to_skip_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match=r"skip names no .* nosuch"):
+        octavo.quantize_model(nn.Sequential(nn.Linear(4, 4)), skip=("nosuch",), progress=False)

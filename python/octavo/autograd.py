@@ -28,6 +28,10 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
+    # In forward mode too the call must go through the Function: it has no jvp and says so, where the bare operator
+    # would drop the tangent and give a derivative of zero.
+    if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -130,7 +134,7 @@ def int8_matmul(
         ValueError: weight_scale or outlier_weight requires a gradient: there is none.
     """
     x = _autocast(x)
-    if _needs_grad(weight_scale, outlier_weight):
+    if any(t is not None and t.requires_grad for t in (weight_scale, outlier_weight)) and torch.is_grad_enabled():
         name = "weight_scale" if weight_scale.requires_grad else "outlier_weight"
         raise ValueError(f"int8_matmul is differentiable in x and bias, but {name} requires a gradient")
     if not _needs_grad(x, bias):

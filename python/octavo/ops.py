@@ -39,6 +39,14 @@ def register_fakes(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", function)
 
 
+def _check_devices(op: str, *tensors: Tensor | None) -> None:
+    """The fakes also serve meta tensors, and one meta argument is enough to get here: a CPU x with a meta weight must
+    not become an empty result."""
+    devices = sorted({str(tensor.device) for tensor in tensors if tensor is not None})
+    if len(devices) > 1:
+        raise RuntimeError(f"{op}: all tensors must be on one device, got {' and '.join(devices)}")
+
+
 # ---- quantization --------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +88,7 @@ def dequantize_rowwise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.
 
 @_fake("dequantize_rowwise")
 def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_devices("dequantize_rowwise", codes, scale)
     return codes.new_empty(codes.shape, dtype=dtype)
 
 
@@ -172,6 +181,7 @@ def extract_columns(x: Tensor, columns: Tensor, count: Tensor) -> Tensor:
 
 @_fake("extract_columns")
 def _(x: Tensor, columns: Tensor, count: Tensor) -> Tensor:
+    _check_devices("extract_columns", x, columns, count)
     return x.new_empty((*x.shape[:-1], columns.shape[0]))
 
 
@@ -195,6 +205,7 @@ def extract_int8_columns(
 
 @_fake("extract_int8_columns")
 def _(weight: Tensor, weight_scale: Tensor, columns: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_devices("extract_int8_columns", weight, weight_scale, columns, count)
     return weight.new_empty((weight.shape[0], columns.shape[0]), dtype=dtype)
 
 
@@ -216,6 +227,7 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
 
 @_fake("int8_mm")
 def _(a: Tensor, b: Tensor) -> Tensor:
+    _check_devices("int8_mm", a, b)
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
 
 
@@ -245,6 +257,7 @@ def int8_gemm(
 
 @_fake("int8_gemm")
 def _(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    _check_devices("int8_gemm", a, b, a_scale, b_scale, bias)
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out_dtype)
 
 
@@ -295,4 +308,5 @@ def _(
     outlier_slot: Tensor | None = None,
     outlier_weight: Tensor | None = None,
 ) -> Tensor:
+    _check_devices("int8_linear", x, weight, weight_scale, bias, outlier_slot, outlier_weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))

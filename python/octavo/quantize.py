@@ -171,6 +171,20 @@ def _find_targets(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[_Target
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(parameter, set()).add(module)
+    unknown = [
+        entry
+        for entry in skip
+        if entry != "lm_head" and not any(entry in (n, n.rpartition(".")[2]) for names in found.values() for n in names)
+    ]
+    if unknown:
+        raise ValueError(f"skip names no torch.nn.Linear of {type(model).__name__}: {', '.join(unknown)}")
+    # Their fast path in inference reads the weights of its Linear layers, past their forward.
+    fused = {
+        id(child)
+        for layer in model.modules()
+        if isinstance(layer, nn.TransformerEncoderLayer)
+        for child in (layer.linear1, layer.linear2)
+    }
     targets, skipped = [], {}
     for module, names in found.items():
         assert isinstance(module, nn.Linear)
@@ -180,6 +194,8 @@ def _find_targets(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[_Target
             skipped[names[0]] = "its weight is not a parameter"
         elif len(owners[module.weight]) > 1:
             skipped[names[0]] = "its weight is shared with another module"
+        elif id(module) in fused:
+            skipped[names[0]] = "torch's TransformerEncoderLayer reads its weight itself"
         elif _has_hooks(module):
             skipped[names[0]] = "it has hooks, which a new module would lose"
         elif module.in_features > _MAX_K:
