@@ -128,7 +128,9 @@ def doctor() -> None:
     """
     from .doctor import examine
 
-    if not examine(_console()):
+    with _one_line_errors():
+        sound = examine(_console())
+    if not sound:
         raise typer.Exit(1)
 
 
@@ -237,6 +239,11 @@ def bench(
     if family is not None and family not in suite.FAMILIES:
         raise typer.BadParameter(f"{family!r} is not one of {', '.join(suite.FAMILIES)}", param_hint="FAMILY")
     with _one_line_errors():
+        if device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():
+                raise ValueError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
         suite.main(family, quick=quick, out=out, threads=threads, device=device)
 
 
