@@ -273,6 +273,19 @@ struct Listed {
     std::fill(columns.data() + found, columns.data() + cols, -1);
     count[0] = found;
   }
+
+  // Exactly so many of the columns, at random.
+  static Listed exactly(int64_t cols, int64_t wanted) {
+    Listed listed(cols, 0);
+    int32_t found = 0;
+    for (int64_t j = 0; j < cols; ++j) {
+      if (uniform(0, static_cast<int>(cols - j) - 1) >= wanted - found) continue;
+      listed.flags[j] = 1;
+      listed.columns[found++] = static_cast<int32_t>(j);
+    }
+    listed.count[0] = found;
+    return listed;
+  }
 };
 
 void test_compact(int64_t cols, int every) {
@@ -330,8 +343,9 @@ struct GemmCase {
   DType out = DType::f32;
   bool bias = false, one_a_scale = false, one_b_scale = false;
   int outliers = -1;         // -1: no x; 0: x, but none listed; else about one column in so many
+  int64_t exactly = -1;      // with outliers = 0: so many of the columns
   bool kept = false;         // some outlier columns have 16-bit weights
-  DType other = DType::f32;  // of bias, x and kept weights
+  DType other = DType::f32;  // of bias and kept weights
   bool extreme = false;      // all codes at the ends of their range
 };
 
@@ -359,14 +373,15 @@ void run_gemm(const GemmCase& c) {
   for (int64_t i = 0; i < a_scale.size(); ++i) a_scale[i] = i == 2 ? NAN : i == 3 ? 0.0f : std::fabs(normal()) * 0.01f;
   for (int64_t j = 0; j < b_scale.size(); ++j) b_scale[j] = std::fabs(normal()) * 0.01f;
   const Buffer<char> bias = floats(c.n, c.other, normal);
-  const Buffer<char> x = floats(c.outliers >= 0 ? c.m * c.k : 0, c.other, [] { return normal() * 8; });
-  const Listed listed(c.outliers >= 0 ? c.k : 0, std::max(c.outliers, 0));
+  const Buffer<char> x = floats(c.outliers >= 0 ? c.m * c.k : 0, c.out, [] { return normal() * 8; });
+  const Listed listed =
+      c.exactly >= 0 ? Listed::exactly(c.k, c.exactly) : Listed(c.outliers >= 0 ? c.k : 0, std::max(c.outliers, 0));
   const int64_t slots = 5;
   Buffer<int32_t> slot(c.k);
   for (int64_t j = 0; j < c.k; ++j) slot[j] = uniform(-2, slots + 1);  // outside [0, slots): not kept
   const Buffer<char> weight = floats(slots * c.n, c.other, normal);
   for (int64_t i = 0; i < a.size(); ++i)
-    if (c.outliers > 0 && listed.flags[i % c.k]) a[i] = 0;
+    if (c.outliers >= 0 && listed.flags[i % c.k]) a[i] = 0;
 
   Buffer<T> out(c.m * c.n), want(c.m * c.n);
   Int8Gemm p{};
@@ -384,7 +399,7 @@ void run_gemm(const GemmCase& c) {
     p.b_scale_stride = !c.one_b_scale;
   }
   if (c.bias) p.bias = bias.data();
-  p.bias_dtype = p.x_dtype = p.outlier_weight_dtype = c.other;
+  p.bias_dtype = p.outlier_weight_dtype = c.other;
   if (c.outliers >= 0) {
     p.x = x.data();
     p.columns = listed.columns.data();
@@ -402,25 +417,25 @@ void run_gemm(const GemmCase& c) {
       if constexpr (std::is_same_v<T, int32_t>) {
         want[i * c.n + j] = static_cast<int32_t>(acc);
       } else {
-        float sum8 = 0, sum16 = 0;
-        for (int32_t e = 0; c.outliers >= 0 && e < listed.count[0]; ++e) {
-          const int32_t column = listed.columns[e];
-          const float v = load_float(x.data(), c.other, i * c.k + column);
-          const bool kept = c.kept && slot[column] >= 0 && slot[column] < slots;
+        float v = scale_row(static_cast<int32_t>(acc), a_scale[c.one_a_scale ? 0 : i]);
+        for (const bool kept : {false, true}) {
           if (kept)
-            sum16 = std::fma(v, load_float(weight.data(), c.other, slot[column] * c.n + j), sum16);
-          else
-            sum8 = std::fma(v, static_cast<float>(b[j * c.k + column]), sum8);
+            v = scale_column(v, b_scale[c.one_b_scale ? 0 : j], c.bias ? load_float(bias.data(), c.other, j) : 0.0f);
+          for (int32_t e = 0; c.outliers >= 0 && e < listed.count[0]; ++e) {
+            const int32_t column = listed.columns[e];
+            if ((c.kept && slot[column] >= 0 && slot[column] < slots) != kept) continue;
+            const float w = kept ? load_float(weight.data(), c.other, slot[column] * c.n + j)
+                                 : static_cast<float>(b[j * c.k + column]);
+            v = std::fma(load_float(x.data(), c.out, i * c.k + column), w, v);
+          }
         }
-        const float row = a_scale[c.one_a_scale ? 0 : i], column = b_scale[c.one_b_scale ? 0 : j];
-        want[i * c.n + j] = from_float<T>(dequantize(static_cast<int32_t>(acc), row, column, sum8, sum16,
-                                                     c.bias ? load_float(bias.data(), c.other, j) : 0.0f));
+        want[i * c.n + j] = from_float<T>(v);
       }
     }
   backend->int8_gemm(p, nullptr);
   check_same(out, want,
              "int8_gemm" + shape(c.m, c.n, c.out) + " k = " + std::to_string(c.k) + ", outliers " +
-                 std::to_string(c.outliers));
+                 std::to_string(listed.count.size() ? listed.count[0] : 0));
 }
 
 void test_gemm_case(const GemmCase& c) {
@@ -428,12 +443,46 @@ void test_gemm_case(const GemmCase& c) {
   dispatch_float(c.out, [&](auto type) { run_gemm<decltype(type)>(c); });
 }
 
+// Each edge of each tile: one below, at and above, in rows, columns and k. Tiles of the CPU (96 x 64, groups of 6 and
+// 16 rows, 64 and 2048 of k) and of the GPU.
+void test_gemm_edges() {
+  const struct {
+    int64_t m, n, k;
+  } tiles[] = {{6, 4, 64}, {16, 16, 64}, {64, 32, 128}, {64, 64, 64}, {96, 64, 64}, {128, 128, 64}};
+  const DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
+  for (const auto [m, n, k] : tiles)
+    for (int edge = 0; edge < 9; ++edge) {
+      const int64_t rows = m + edge % 3 - 1, cols = n + edge / 3 - 1;
+      for (const int64_t depth : {k - 16, k - 1, k, k + 1, k + 16}) {
+        const DType out = dtypes[uniform(0, 2)];
+        test_gemm_case({.m = rows, .n = cols, .k = depth, .out = DType::i32});
+        test_gemm_case({.m = rows, .n = cols, .k = depth, .out = out, .bias = true, .outliers = 9, .other = out});
+      }
+    }
+  for (int64_t k = 1; k <= 65; ++k) test_gemm_case({.m = 19, .n = 18, .k = k, .out = DType::i32});
+  for (int64_t m = 1; m <= 17; ++m)
+    test_gemm_case(
+        {.m = m, .n = 35, .k = 208, .out = dtypes[m % 3], .bias = true, .outliers = 30, .other = DType::f16});
+  for (const int64_t m : {3, 40, 130})
+    for (const int64_t count : {0, 1, 7, 8, 9, 15, 16, 17, 160})
+      for (const bool kept : {false, true})
+        for (const DType out : dtypes)
+          test_gemm_case({.m = m,
+                          .n = 136,
+                          .k = 160,
+                          .out = out,
+                          .outliers = 0,
+                          .exactly = count,
+                          .kept = kept,
+                          .other = kept ? out : DType::f32});
+}
+
 void test_gemm() {
   const struct {
     int64_t m, n, k;
-  } sizes[] = {{1, 1, 1},    {1, 70, 33},   {2, 3, 5},     {1, 65, 64},    {4, 33, 1040},
-               {3, 70, 512}, {5, 129, 64},  {15, 64, 16},  {16, 16, 64},   {17, 33, 65},
-               {33, 65, 31}, {64, 64, 128}, {97, 66, 100}, {130, 131, 77}, {40, 20, 1028}};
+  } sizes[] = {{1, 1, 1},     {1, 70, 33},    {2, 3, 5},      {1, 65, 64},   {4, 33, 1040}, {3, 70, 512},
+               {5, 129, 64},  {15, 64, 16},   {16, 16, 64},   {17, 33, 65},  {33, 65, 31},  {64, 64, 128},
+               {97, 66, 100}, {130, 131, 77}, {40, 20, 1028}, {30, 60, 416}, {65, 48, 272}, {140, 136, 208}};
   for (const auto [m, n, k] : sizes) {
     for (const DType other : {DType::f32, DType::f16, DType::bf16}) {
       test_gemm_case({.m = m, .n = n, .k = k, .out = other, .bias = true, .other = other});
@@ -445,6 +494,7 @@ void test_gemm() {
     test_gemm_case({.m = m, .n = n, .k = k, .out = DType::f16, .bias = true, .outliers = 1, .kept = true});
   }
   if (test::unaligned) return;
+  test_gemm_edges();
   // The largest sums, where one product too many would leave int32.
   test_gemm_case({.m = 3, .n = 5, .k = backend->simt() ? 2047 : kMaxK, .out = DType::i32, .extreme = true});
   test_gemm_case({.m = 20, .n = 5, .k = backend->simt() ? 1025 : 40001, .out = DType::i32, .extreme = true});

@@ -260,6 +260,36 @@ void test_async_copy() {
   CHECK(seen[3].x == 5 && seen[3].y == 0 && seen[3].w == 0);
 }
 
+// ldmatrix and mma as a kernel combines them, against the product of the matrices. Small integers: exact in every type.
+template <class T, class D>
+void check_mma(DType dtype, T (*element)(int), int k) {
+  alignas(16) T a[16 * 32 / sizeof(T)], b[8 * 32 / sizeof(T)];
+  for (int i = 0; i < 16 * k; ++i) a[i] = element(test::uniform(-100, 100));
+  for (int i = 0; i < 8 * k; ++i) b[i] = element(test::uniform(-100, 100));
+  D d[16 * 8];
+  mma(dtype, reinterpret_cast<const int4*>(a), reinterpret_cast<const int4*>(b), d, nullptr);
+  const auto number = [](T v) {
+    if constexpr (std::is_same_v<D, float>)
+      return to_float(v);
+    else
+      return static_cast<int>(v);
+  };
+  bool same = true;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 8; ++j) {
+      D want{};
+      for (int l = 0; l < k; ++l) want += number(a[i * k + l]) * number(b[j * k + l]);
+      same = same && d[i * 8 + j] == want;
+    }
+  CHECK(same);
+}
+
+void test_mma() {
+  check_mma<int8_t, int32_t>(DType::i32, [](int v) { return static_cast<int8_t>(v); }, 32);
+  check_mma<Half, float>(DType::f16, [](int v) { return from_float<Half>(static_cast<float>(v)); }, 16);
+  check_mma<BFloat16, float>(DType::bf16, [](int v) { return from_float<BFloat16>(static_cast<float>(v)); }, 16);
+}
+
 void test_set_flag() {
   uint8_t flags[3] = {};
   raise_flags(flags, nullptr);
@@ -440,6 +470,7 @@ int main() {
   test_masks();
   test_partial_warp();
   test_async_copy();
+  test_mma();
   test_set_flag();
   test_reports();
   test_launch_limits();

@@ -131,20 +131,19 @@ void test_outlier() {
   CHECK(is_outlier(-INFINITY, 6.0f) && !is_outlier(NAN, 6.0f));
 }
 
-void test_dequantize() {
+void test_product_scales() {
   for (int i = 0; i < 100000; ++i) {
     const auto number = [](int exponent) {
       return std::ldexp(static_cast<float>(test::uniform(-1 << 23, 1 << 23)), exponent - 23);
     };
     const int acc = test::uniform(-2000000000, 2000000000);
-    const float a = number(-8), b = number(-8), sum8 = number(8), sum16 = number(4), bias = number(2);
-    const double want = double(acc) * a * b + double{sum8} * b + sum16 + bias;
-    const double size =
-        std::fabs(double(acc) * a * b) + std::fabs(double{sum8} * b) + std::fabs(sum16) + std::fabs(bias);
-    CHECK(std::fabs(dequantize(acc, a, b, sum8, sum16, bias) - want) <= size * 0x1p-21);
+    const float a = number(-8), b = number(-8), bias = number(2);
+    const double product = double(acc) * a * b;
+    CHECK(std::fabs(scale_column(scale_row(acc, a), b, bias) - (product + bias)) <=
+          (std::fabs(product) + std::fabs(bias)) * 0x1.8p-23);
   }
-  CHECK(dequantize(10, 2.0f, 3.0f, 5.0f, 7.0f, 11.0f) == 10 * 6 + 5 * 3 + 18);
-  CHECK(std::isnan(dequantize(0, NAN, 1.0f, 0.0f, 0.0f, 0.0f)));
+  CHECK(scale_column(scale_row(10, 2.0f), 3.0f, 11.0f) == 10 * 6 + 11);
+  CHECK(std::isnan(scale_column(scale_row(0, NAN), 1.0f, 0.0f)));
 }
 
 void test_load_float() {
@@ -164,7 +163,7 @@ int main() {
   test_scales();
   test_encode();
   test_outlier();
-  test_dequantize();
+  test_product_scales();
   test_load_float();
   return test::finish();
 }

@@ -31,4 +31,44 @@ void raise_flags(uint8_t* flags, Stream stream) {
   LAUNCH(raise_flags_kernel, 2, 64, 0, stream, flags);
 }
 
+// One warp loads a[16][32 bytes] and b[8][32 bytes] as fragments and multiplies them: d[16][8].
+template <class T, class D>
+__global__ void mma_kernel(const int4* a, const int4* b, D* d) {
+  SHARED(int4, a_tile, [16][3]);  // rows 48 bytes apart
+  SHARED(int4, b_tile, [8][3]);
+  const int lane = threadIdx.x;
+  a_tile[lane / 2][lane % 2] = a[lane];
+  if (lane < 16) b_tile[lane / 2][lane % 2] = b[lane];
+  __syncthreads();
+  uint32_t of_a[4], of_b[4];
+  ldmatrix_x4(of_a, &a_tile[lane % 16][lane / 16]);
+  ldmatrix_x4(of_b, &b_tile[lane % 8][lane / 8 % 2]);  // twice the same two matrices
+  D sum[4] = {};
+  const uint32_t words[2] = {of_b[2], of_b[3]};
+  if constexpr (dtype_of<T>::value == DType::i32)
+    mma_int8(sum, of_a, words);
+  else if constexpr (kMma16Bit<T>)
+    mma_16bit<T>(sum, of_a, words);
+  for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
+}
+
+void mma(DType dtype, const int4* a, const int4* b, void* d, Stream stream) {
+  switch (dtype) {
+    case DType::i32: {
+      auto kernel = mma_kernel<int32_t, int32_t>;
+      LAUNCH(kernel, 1, 32, 0, stream, a, b, static_cast<int32_t*>(d));
+      break;
+    }
+    case DType::f16: {
+      auto kernel = mma_kernel<Half, float>;
+      LAUNCH(kernel, 1, 32, 0, stream, a, b, static_cast<float*>(d));
+      break;
+    }
+    default: {
+      auto kernel = mma_kernel<BFloat16, float>;
+      LAUNCH(kernel, 1, 32, 0, stream, a, b, static_cast<float*>(d));
+    }
+  }
+}
+
 }  // namespace octavo::GPU_NS

@@ -27,6 +27,10 @@ template <>
 struct dtype_of<BFloat16> {
   static constexpr DType value = DType::bf16;
 };
+template <>
+struct dtype_of<int32_t> {
+  static constexpr DType value = DType::i32;
+};
 
 // Calls f(T{}) with T = float, Half or BFloat16. The op has checked the dtype: nothing else arrives here.
 #ifdef __CUDACC__

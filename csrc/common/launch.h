@@ -4,7 +4,9 @@
 //   SHARED(type, name, [count])            static shared memory:   SHARED(float, tile, [32][33]);
 //   DYNAMIC_SHARED(type, name)             the block's dynamic shared memory as type* name
 //   fill_bytes(pointer, byte, bytes, stream)
+//   multiprocessors()                      of the current device: how many blocks run at once, at least
 //   UNROLL, NO_UNROLL                      before a loop whose arrays must stay in registers; before one seldom run
+//   UNROLL_BY_4                            before a loop of gathers, so that some are under way together
 #include "common/hd.h"
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -14,6 +16,7 @@
 
 #define GPU_NS cuda
 #define UNROLL _Pragma("unroll")
+#define UNROLL_BY_4 _Pragma("unroll 4")
 #define NO_UNROLL _Pragma("unroll 1")
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name)                                       \
@@ -33,9 +36,16 @@ inline void check_cuda(cudaError_t status, const char* what) {
 inline void fill_bytes(void* data, int byte, size_t bytes, Stream stream) {
   check_cuda(cudaMemsetAsync(data, byte, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
 }  // namespace octavo
 #else
 #define UNROLL
+#define UNROLL_BY_4
 #define NO_UNROLL
 #include "simt/simt.h"
 #endif

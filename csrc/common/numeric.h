@@ -138,10 +138,14 @@ HD int8_t encode(float v, float inverse) {
 
 // ---- epilogue of the int8 product ----
 
-// The outlier part of one output: sum8 over columns with int8 weights (x * code), sum16 over columns whose 16-bit
-// weight was kept (x * w). Both are fmaf chains over ascending columns in fp32.
-HD float dequantize(int32_t acc, float a_scale, float b_scale, float sum8, float sum16, float bias) {
-  return fmaf(static_cast<float>(acc), a_scale * b_scale, fmaf(sum8, b_scale, sum16 + bias));
+// Two steps, because outlier columns enter in between (int8/gemm.h): x * code has the scale of the weight's row only,
+// x * weight none.
+HD float scale_row(int32_t acc, float a_scale) {
+  return static_cast<float>(acc) * a_scale;
+}
+
+HD float scale_column(float v, float b_scale, float bias) {
+  return fmaf(v, b_scale, bias);
 }
 
 }  // namespace octavo

@@ -2,8 +2,10 @@
 // Every inline-assembly instruction octavo uses, one named helper each: asm for the device, the same meaning on the
 // host SIMT machine. __dp4a, votes and shuffles are CUDA intrinsics already.
 #include "common/launch.h"
+#include "common/numeric.h"
 #ifndef __CUDACC__
 #include "simt/async_copy.h"
+#include "simt/tensor_core.h"
 #endif
 
 namespace octavo::GPU_NS {
@@ -53,6 +55,89 @@ __device__ __forceinline__ void cp_async_wait() {
   simt_machine::finish_copies(pending);
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// ---- tensor cores. Every lane of the warp calls these; lane = 4 g + t. ----
+
+// Four 8 x 8 matrices of 16-bit elements (or 8 x 16 of bytes) from shared memory: lane 8 i + r names row r of matrix i,
+// 16 bytes; result[i] is word t of row g of matrix i.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
+#if defined(__CUDACC__)
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(from)
+               : "memory");
+#else
+  simt_machine::load_matrices(result, row, simt_machine::Where::current());
+#endif
+}
+
+#ifndef __CUDACC__
+namespace {
+struct Int8Words {
+  static void add(int32_t& sum, uint32_t a, uint32_t b) { sum = __dp4a(static_cast<int>(a), static_cast<int>(b), sum); }
+};
+template <class T>
+struct FloatWords {
+  static void add(float& sum, uint32_t a, uint32_t b) {
+    for (const int shift : {0, 16})
+      sum = fmaf(to_float(T{static_cast<uint16_t>(a >> shift)}), to_float(T{static_cast<uint16_t>(b >> shift)}), sum);
+  }
+};
+}  // namespace
+#endif
+
+// d[16, 8] += a[16, 32] b[32, 8] in int8, exact in int32. a[i]: row g + 8 (i & 1), bytes 4 t + 16 (i >> 1) ...;
+// b[i]: column g, bytes 4 t + 16 i ...; d[i]: row g + 8 (i >> 1), column 2 t + (i & 1).
+__device__ __forceinline__ void mma_int8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if !defined(__CUDACC__)
+  simt_machine::multiply_fragments<Int8Words>(d, a, b, simt_machine::Where::current());
+#elif __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else  // the same fragments in quarters: 8 rows, 16 bytes
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < 2; ++k)
+      asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+          : "+r"(d[2 * half]), "+r"(d[2 * half + 1])
+          : "r"(a[half + 2 * k]), "r"(b[k]));
+#endif
+}
+
+// Whether mma_16bit<T> exists: for Half, and for BFloat16 from sm_80 on.
+template <class T>
+constexpr bool kMma16Bit = false;
+template <>
+constexpr bool kMma16Bit<Half> = true;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+template <>
+constexpr bool kMma16Bit<BFloat16> = true;
+#endif
+
+// d[16, 8] += a[16, 16] b[16, 8] in fp32, with T = Half or BFloat16; fragments in words of two elements, as above.
+template <class T>
+__device__ __forceinline__ void mma_16bit(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if !defined(__CUDACC__)
+  simt_machine::multiply_fragments<FloatWords<T>>(d, a, b, simt_machine::Where::current());
+#elif __CUDA_ARCH__ >= 800
+#define OCTAVO_MMA(type)                                                     \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (dtype_of<T>::value == DType::f16)
+    OCTAVO_MMA("f16");
+  else
+    OCTAVO_MMA("bf16");
+#undef OCTAVO_MMA
+#elif defined(__CUDA_ARCH__)
+  for (int k = 0; k < 2; ++k)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
 #endif
 }
 

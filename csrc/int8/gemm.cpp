@@ -97,7 +97,7 @@ Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight
                    const std::optional<Tensor>& kept_) {
   constexpr const char* op = "int8_linear";
   Int8Gemm p{};
-  p.x_dtype = p.out_dtype = float_dtype(op, "x", x_);
+  p.out_dtype = float_dtype(op, "x", x_);
   check_operands(op, "x", x_, "weight", weight_);
   const float limit = check_threshold(op, threshold, true);
   const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
@@ -137,7 +137,7 @@ Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight
     p.columns = columns.const_data_ptr<int32_t>();
     p.count = count.const_data_ptr<int32_t>();
     B::outlier_flags({.x = p.x,
-                      .dtype = p.x_dtype,
+                      .dtype = p.out_dtype,
                       .flags = flags.mutable_data_ptr<uint8_t>(),
                       .threshold = limit,
                       .rows = p.m,
@@ -150,7 +150,7 @@ Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight
                        device.stream());
   }
   B::quantize_rows({.x = x.const_data_ptr(),
-                    .dtype = p.x_dtype,
+                    .dtype = p.out_dtype,
                     .codes = codes.mutable_data_ptr<int8_t>(),
                     .scale = scale.mutable_data_ptr<float>(),
                     .skip = limit > 0.0f ? flags.const_data_ptr<uint8_t>() : nullptr,

@@ -3,13 +3,16 @@
 
 namespace octavo {
 
-// out[i, j] = dequantize(sum_k a[i, k] * b[j, k], a_scale[i], b_scale[j], sum8, sum16, bias[j])   (numeric.h)
-// or, with out_dtype i32, the sum itself. The integer sum is exact for k <= kMaxK; the op checks that.
+// out[i, j] = v, computed in fp32 in this order (numeric.h):
+//   v = scale_row(sum_k a[i, k] * b[j, k], a_scale[i])
+//   v = fmaf(x[i, c], float(b[j, c]), v)                        for each outlier column c whose weights were not kept
+//   v = scale_column(v, b_scale[j], bias[j])
+//   v = fmaf(x[i, c], outlier_weight[outlier_slot[c], j], v)    for each c with 0 <= outlier_slot[c] < outlier_slots
+// or, with out_dtype i32, the integer sum itself, which is exact for k <= kMaxK; the op checks that. One accumulator
+// carries everything, so that outlier columns cost no registers.
 //
-// The outlier columns (x not null) ride in the same kernel: for c = columns[0 .. *count), ascending,
-//   sum16 = fmaf(x[i, c], outlier_weight[outlier_slot[c], j], sum16)   where 0 <= outlier_slot[c] < outlier_slots
-//   sum8  = fmaf(x[i, c], float(b[j, c]), sum8)                        elsewhere
-// The caller has set a[:, c] to 0 for those columns.
+// The outlier columns (x not null) are columns[0 .. *count), ascending; the caller has set a[:, c] to 0 for them.
+// Tensor cores add the products of 16-bit x and weights in groups: equal to these chains up to fp32 rounding.
 struct Int8Gemm {
   const int8_t *a, *b;             // [m, k], [n, k]
   const float *a_scale, *b_scale;  // [m] and [n], or [1] where the stride is 0; null with out_dtype i32
@@ -20,8 +23,7 @@ struct Int8Gemm {
   DType out_dtype;
   int64_t m, n, k;
 
-  const void* x;  // [m, k] or null
-  DType x_dtype;
+  const void* x;                   // [m, k] of out_dtype, or null
   const int32_t *columns, *count;  // [k], [1]; *count is read on the device
   const int32_t* outlier_slot;     // [k] or null: the row of outlier_weight; outside [0, outlier_slots): not kept
   const void* outlier_weight;      // [slots, n]

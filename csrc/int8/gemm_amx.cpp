@@ -107,8 +107,7 @@ void multiply(const GemmTile& t) {
 
 }  // namespace
 
-using Epilogue = GemmEpilogue<avx512::Vec>;
-constexpr GemmLoops gemm_loops = {pack, 16, multiply, Epilogue::add_outliers, Epilogue::epilogue};
+constexpr GemmLoops gemm_loops = GemmEpilogue<avx512::Vec>::with(pack, 16, multiply);
 
 }  // namespace octavo::cpu::amx
 #endif

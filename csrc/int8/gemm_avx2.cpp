@@ -71,7 +71,7 @@ void multiply(const GemmTile& t) {
 
 }  // namespace
 
-constexpr GemmLoops gemm_loops = {nullptr, 0, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
+constexpr GemmLoops gemm_loops = GemmEpilogue<Vec>::with(nullptr, 0, multiply);
 
 }  // namespace octavo::cpu::avx2
 #endif

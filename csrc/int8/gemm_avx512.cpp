@@ -120,7 +120,7 @@ void multiply(const GemmTile& t) {
 
 }  // namespace
 
-constexpr GemmLoops gemm_loops = {pack, kGroup, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
+constexpr GemmLoops gemm_loops = GemmEpilogue<Vec>::with(pack, kGroup, multiply);
 
 }  // namespace octavo::cpu::avx512
 #endif

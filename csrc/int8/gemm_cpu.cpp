@@ -29,32 +29,35 @@ const GemmLoops& loops_for([[maybe_unused]] const Int8Gemm& p) {
 // What one thread needs besides inputs and output: bounded, whatever m, n and k are.
 struct Scratch {
   alignas(64) int32_t acc[kTileM * kTileN];
-  alignas(64) float sum8[kTileM * kTileN], sum16[kTileM * kTileN];
+  alignas(64) float sum[kTileM * kTileN];
   alignas(64) float weights[kOutlierChunk * kTileN];
   alignas(64) float bias[kTileN];
-  uint8_t is_kept[kOutlierChunk];
+  int32_t columns[kOutlierChunk];
 };
 
-// The outlier columns of this tile, a chunk at a time: their weights are gathered once for all its rows.
-void add_outliers(const GemmLoops& loops, const GemmTile& t, Scratch& s) {
+// The outlier columns of this tile whose weights were kept in 16 bits, or those whose were not, a chunk at a time: the
+// weights are gathered once for all rows.
+void add_outliers(const GemmLoops& loops, const GemmTile& t, Scratch& s, bool kept) {
   const Int8Gemm& p = *t.p;
-  for (int64_t i = 0; i < t.rows * kTileN; ++i) s.sum8[i] = s.sum16[i] = 0.0f;
-  for (int64_t first = 0, total = *p.count; first < total; first += kOutlierChunk) {
-    const int64_t count = total - first < kOutlierChunk ? total - first : kOutlierChunk;
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t column = p.columns[first + c], slot = p.outlier_slot ? p.outlier_slot[column] : -1;
-      s.is_kept[c] = slot >= 0 && slot < p.outlier_slots;
-      float* w = s.weights + c * kTileN;
+  int64_t count = 0;
+  for (int64_t c = 0, total = *p.count; c < total; ++c) {
+    const int64_t column = p.columns[c], slot = p.outlier_slot ? p.outlier_slot[column] : -1;
+    if ((slot >= 0 && slot < p.outlier_slots) == kept) {
+      float* w = s.weights + count * kTileN;
       for (int64_t j = 0; j < kTileN; ++j) {
         if (j >= t.cols)
           w[j] = 0.0f;
-        else if (s.is_kept[c])
+        else if (kept)
           w[j] = load_float(p.outlier_weight, p.outlier_weight_dtype, slot * p.n + t.j0 + j);
         else
           w[j] = static_cast<float>(p.b[(t.j0 + j) * p.k + column]);
       }
+      s.columns[count++] = p.columns[c];
     }
-    loops.add_outliers(t, p.columns + first, count, s.weights, s.is_kept);
+    if (count == kOutlierChunk || (c + 1 == total && count > 0)) {
+      loops.add_outliers(t, s.columns, count, s.weights);
+      count = 0;
+    }
   }
 }
 
@@ -84,16 +87,18 @@ void int8_gemm(const Int8Gemm& p, Stream) {
       t.rows = p.m - t.i0 < kTileM ? p.m - t.i0 : kTileM;
       t.cols = p.n - t.j0 < kTileN ? p.n - t.j0 : kTileN;
       t.acc = s->acc;
+      t.sum = s->sum;
       loops.multiply(t);
-      if (p.x && *p.count > 0) {
-        t.sum8 = s->sum8;
-        t.sum16 = s->sum16;
-        add_outliers(loops, t, *s);
+      if (p.out_dtype != DType::i32) {
+        loops.scale_rows(t);
+        if (p.x) add_outliers(loops, t, *s, false);
+        if (p.bias)
+          for (int64_t j = 0; j < kTileN; ++j)
+            s->bias[j] = j < t.cols ? load_float(p.bias, p.bias_dtype, t.j0 + j) : 0.0f;
+        loops.scale_columns(t, p.bias ? s->bias : nullptr);
+        if (p.x && p.outlier_slot) add_outliers(loops, t, *s, true);
       }
-      if (p.bias)
-        for (int64_t j = 0; j < kTileN; ++j)
-          s->bias[j] = j < t.cols ? load_float(p.bias, p.bias_dtype, t.j0 + j) : 0.0f;
-      loops.epilogue(t, p.bias ? s->bias : nullptr);
+      loops.store(t);
     }
   });
 }

@@ -1,71 +1,55 @@
-// The int8 product: exact int32 sums by dp4a, then dequantization, bias, outlier columns and the output's dtype in
-// registers, so that no int32 matrix ever exists in memory. Two kernels: tiles in shared memory for many rows of a, and
-// one that streams the weights for few.
+// The int8 product on tensor cores: exact int32 sums, then scales, bias, outlier columns and the output's dtype in the
+// accumulators' registers, so that no int32 matrix ever exists in memory. Two kernels: tiles that pass through shared
+// memory for many rows of a, and one that streams the weights for few.
 #include <type_traits>
 
 #include "common/launch.h"
 #include "common/numeric.h"
+#include "common/ptx.h"
 #include "common/reduce.h"
 #include "common/tile.h"
 #include "int8/gemm.h"
 
 namespace octavo::GPU_NS {
 
-// Four int8 products at a time of 16 bytes each of a and b.
-__device__ inline int32_t dot16(const int4& a, const int4& b, int32_t sum) {
-  sum = __dp4a(a.x, b.x, sum);
-  sum = __dp4a(a.y, b.y, sum);
-  sum = __dp4a(a.z, b.z, sum);
-  return __dp4a(a.w, b.w, sum);
-}
+// ---- outlier columns: for each, an element of x per row and a weight per column of the output ----
 
-// What an outlier column is multiplied by for output column j: the kept 16-bit weight, or else the code. Returns
-// whether it was kept, which decides the sum that it enters.
-__device__ inline bool outlier_weight(const Int8Gemm& p, int32_t column, int64_t j, float& weight) {
-  const int32_t slot = p.outlier_slot == nullptr ? -1 : p.outlier_slot[column];
-  const bool kept = slot >= 0 && slot < p.outlier_slots;
-  weight = kept ? load_float(p.outlier_weight, p.outlier_weight_dtype, slot * p.n + j)
-                : static_cast<float>(p.b[j * p.k + column]);
-  return kept;
-}
+constexpr int kOutlierStep = 16;  // outlier columns staged at a time: the k of one mma_16bit
 
-// What the epilogue needs per output column.
-struct ColumnTerms {
-  float scale, bias;
+// Outlier columns c0 .. c0 + kOutlierStep of the list, of which one pass takes those whose weights were kept, or the
+// others. What does not belong to the pass, or is past the end, is zero in x and in the weights: Inf * 0 never arises.
+struct OutlierColumn {
+  int32_t column;
+  int32_t slot;  // of the kept weights, or -1
+  bool use;
+
+  __device__ OutlierColumn(const Int8Gemm& p, int32_t c, int32_t count, bool kept) : column(0), slot(-1), use(false) {
+    if (c >= count) return;
+    column = p.columns[c];
+    slot = p.outlier_slot == nullptr ? -1 : p.outlier_slot[column];
+    if (slot < 0 || slot >= p.outlier_slots) slot = -1;
+    use = (slot >= 0) == kept;
+  }
+
+  __device__ float weight(const Int8Gemm& p, int64_t j) const {
+    return slot >= 0 ? load_float(p.outlier_weight, p.outlier_weight_dtype, slot * p.n + j)
+                     : static_cast<float>(p.b[j * p.k + column]);
+  }
 };
 
-__device__ inline ColumnTerms column_terms(const Int8Gemm& p, int64_t j) {
-  return {p.b_scale[j * p.b_scale_stride], p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, j)};
-}
-
-// ---- tiles ----
-//
-// A block computes 64 x 64 outputs with 256 threads, 4 x 4 each, strided: a warp covers 2 x 16, so that for 16 bytes of
-// k its reads of shared memory take 12 cycles and its dp4a 32, and dp4a stays the limit. 64 x 64 rather than more so
-// that a few hundred rows still make enough blocks. The next step of k is on its way from memory to registers while
-// the present one is computed.
-//
-// Shared memory holds 64 bytes of k per row in 16-byte chunks. Chunk c of row r lies at c ^ (r / 2 % 4): 8 threads that
-// read the same chunk of 8 rows, and 8 that write the chunks of 2 rows, then touch all 32 banks once.
-
-constexpr int kTileM = 64, kTileN = 64, kTileK = 64, kChunks = kTileK / 16;
-constexpr int kThreads = 256, kThreadsM = 16, kThreadsN = 16;
-constexpr int kThreadM = kTileM / kThreadsM, kThreadN = kTileN / kThreadsN;  // outputs per thread
-constexpr int kOutlierStep = 16;                                             // outlier columns staged at a time
-static_assert(kTileM == kTileN && kTileM * kChunks == kThreads, "a thread stages one chunk of a and one of b");
-
-__device__ inline int swizzled(int row, int chunk) {
-  return chunk ^ (row / 2 % kChunks);
+__device__ inline float column_bias(const Int8Gemm& p, int64_t j) {
+  return p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, j);
 }
 
 // 16 bytes of a row from byte k0 on, zeros past its end or where there is no row. Without kVector k is not a multiple
-// of 16, or the rows are not aligned: byte by byte.
-template <bool kVector>
+// of 16, or the rows are not aligned: byte by byte. Weights that are read once do not displace what stays.
+template <bool kVector, bool kOnce = false>
 __device__ inline int4 load_chunk(const int8_t* row, int k0, int k) {
   int4 chunk = make_int4(0, 0, 0, 0);
   if (row == nullptr || k0 >= k) return chunk;
   if constexpr (kVector) {
-    chunk = *reinterpret_cast<const int4*>(row + k0);
+    const int4* from = reinterpret_cast<const int4*>(row + k0);
+    chunk = kOnce ? __ldcs(from) : *from;
   } else {
     uint32_t words[4] = {};
     UNROLL for (int byte = 0; byte < 16; ++byte) {
@@ -76,189 +60,388 @@ __device__ inline int4 load_chunk(const int8_t* row, int k0, int k) {
   return chunk;
 }
 
-template <class Out, bool kVector>
-__global__ void __launch_bounds__(kThreads, 3) int8_gemm_kernel(Int8Gemm p) {
+// ---- tiles ----
+//
+// A block computes kM x kN outputs. Steps of kStepK bytes of k travel from memory to shared memory by cp.async, kStages
+// of them in a ring, so that the next ones are under way while tensor cores multiply the present one; one barrier a
+// step. Warps share the tile, and with kSplit > 1 also the k of each step; their sums are then added in shared memory.
+//
+// Shared memory holds a row's kStepK bytes in 16-byte chunks, where chunk c of row r lies at c ^ swizzle(r): the eight
+// rows that one ldmatrix phase reads, and the chunks of a row that eight threads write, cover all banks once.
+//
+// Rows of b take the slots of slot_of(): the fragment layout then gives a thread eight neighbouring columns of the
+// output, which it stores with 16-byte accesses and without a detour through shared memory.
+
+template <int kWarpsM_, int kWarpsN_, int kSplit_, int kFragsM_, int kFragsN_, int kStepK_, int kStages_>
+struct TileShape {
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kSplit = kSplit_;
+  static constexpr int kFragsM = kFragsM_, kFragsN = kFragsN_;  // of 16 rows and of 8 columns, per warp
+  static constexpr int kStepK = kStepK_, kStages = kStages_;
+  static constexpr int kM = kWarpsM * kFragsM * 16, kN = kWarpsN * kFragsN * 8,
+                       kThreads = kWarpsM * kWarpsN * kSplit * 32;
+  static constexpr int kChunks = kStepK / 16, kStageBytes = (kM + kN) * kStepK;
+  // Once the sums of a split are added, its warps take kOwned fragments of rows each.
+  static constexpr int kOwned = kFragsM / kSplit;
+  static constexpr int kSplitBytes = kSplit > 1 ? kThreads * kFragsM * kFragsN * 16 : 0;
+  static constexpr int kOutlierBytes = kOutlierStep * (kM + kN) * 4;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  static_assert(kFragsN % 4 == 0 && kFragsM % kSplit == 0 && kStepK % (32 * kSplit) == 0);
+  static_assert(kThreads % kOutlierStep == 0 && kThreads % kChunks == 0);
+  static_assert(kM * kChunks % kThreads == 0 && kN * kChunks % kThreads == 0);
+  static_assert(kSharedBytes <= 48 << 10 && kSplitBytes <= kSharedBytes && kOutlierBytes <= kSharedBytes,
+                "48 KiB are there without asking, on every architecture");
+};
+
+// 64 x 64 outputs a warp: 32 mma for 8 ldmatrix, and two blocks of four warps fill the registers of a multiprocessor.
+using LargeTile = TileShape<2, 2, 1, 4, 8, 64, 3>;
+// For more blocks where the large tile would leave multiprocessors idle.
+using SmallTile = TileShape<2, 2, 1, 2, 4, 64, 4>;
+// Up to 64 rows: 32 columns a block, so that there are enough blocks to draw the weights in at the memory's rate.
+using SkinnyTile = TileShape<1, 1, 4, 4, 4, 128, 4>;
+
+template <int kChunks>
+__device__ constexpr int swizzle(int row) {
+  return kChunks == 8 ? row % 8 : row / 2 % 4;  // 128 bytes, all banks, hold one row or two
+}
+
+// Column 8 t + 2 f + e of 32 is column 2 t + e of fragment f.
+__device__ constexpr int slot_of(int column) {
+  return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
+}
+
+template <class Out, class Tile, bool kVector>
+__global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8Gemm p) {
   constexpr bool kExact = std::is_same_v<Out, int32_t>;
-  SHARED(int4, a_tile, [kTileM][kChunks]);
-  SHARED(int4, b_tile, [kTileN][kChunks]);
+  constexpr int kFragsM = Tile::kFragsM, kFragsN = Tile::kFragsN, kChunks = Tile::kChunks, kOwned = Tile::kOwned;
+  DYNAMIC_SHARED(int8_t, shared);
   // Blocks that follow each other take the same columns of the output: each part of the weight, the larger operand, is
   // read from memory once and then found in L2.
-  const unsigned down = static_cast<unsigned>(ceil_div(p.m, kTileM));
-  const int64_t m0 = static_cast<int64_t>(blockIdx.x % down) * kTileM;
-  const int64_t n0 = static_cast<int64_t>(blockIdx.x / down) * kTileN;
-  const int thread = threadIdx.x, tm = thread / kThreadsN, tn = thread % kThreadsN;
-
+  const unsigned down = static_cast<unsigned>(ceil_div(p.m, Tile::kM));
+  const int64_t m0 = static_cast<int64_t>(blockIdx.x % down) * Tile::kM;
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x / down) * Tile::kN;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int split = warp % Tile::kSplit, warp_m = warp / Tile::kSplit % Tile::kWarpsM,
+            warp_n = warp / Tile::kSplit / Tile::kWarpsM;
   const int k = static_cast<int>(p.k);  // at most kMaxK
-  const int staged_row = thread / kChunks, staged_chunk = thread % kChunks;
-  const int8_t* a_row = m0 + staged_row < p.m ? p.a + (m0 + staged_row) * p.k : nullptr;
-  const int8_t* b_row = n0 + staged_row < p.n ? p.b + (n0 + staged_row) * p.k : nullptr;
-  int4 a_next, b_next;
-  const auto fetch = [&](int k0) {
-    a_next = load_chunk<kVector>(a_row, k0 + staged_chunk * 16, k);
-    b_next = load_chunk<kVector>(b_row, k0 + staged_chunk * 16, k);
+
+  // ---- from memory: each thread brings one chunk of some rows of a and of b. Rows past the edge repeat the last one;
+  // what comes of them is not stored.
+  constexpr int kRowsAtOnce = Tile::kThreads / kChunks, kRowsOfA = Tile::kM / kRowsAtOnce,
+                kRowsOfB = Tile::kN / kRowsAtOnce;
+  const int fetched_row = thread / kChunks, fetched_chunk = thread % kChunks;
+  const int8_t *a_first = p.a + m0 * p.k, *b_first = p.b + n0 * p.k;
+  int a_offset[kRowsOfA], b_offset[kRowsOfB];  // at most 127 * kMaxK
+  const auto offset_of = [&](int i, int64_t rows) {
+    const int row = fetched_row + i * kRowsAtOnce;
+    return (row < rows ? row : static_cast<int>(rows) - 1) * k;
+  };
+  UNROLL for (int i = 0; i < kRowsOfA; ++i) a_offset[i] = offset_of(i, p.m - m0);
+  UNROLL for (int i = 0; i < kRowsOfB; ++i) b_offset[i] = offset_of(i, p.n - n0);
+  const auto fetch_chunk = [&](int8_t* rows, int row, const int8_t* from, int k0) {
+    int8_t* to = rows + row * Tile::kStepK + (fetched_chunk ^ swizzle<kChunks>(row)) * 16;
+    if constexpr (kVector)
+      cp_async_16(to, k0 < k ? from + k0 : from, k0 < k ? 16 : 0);
+    else
+      *reinterpret_cast<int4*>(to) = load_chunk<false>(from, k0, k);
+  };
+  const auto fetch = [&](int step) {
+    int8_t* stage = shared + step % Tile::kStages * Tile::kStageBytes;
+    const int k0 = step * Tile::kStepK + fetched_chunk * 16;
+    UNROLL for (int i = 0; i < kRowsOfA; ++i) {
+      fetch_chunk(stage, fetched_row + i * kRowsAtOnce, a_first + a_offset[i], k0);
+    }
+    UNROLL for (int i = 0; i < kRowsOfB; ++i) {
+      const int slot = slot_of(fetched_row + i * kRowsAtOnce);
+      fetch_chunk(stage + Tile::kM * Tile::kStepK, slot, b_first + b_offset[i], k0);
+    }
   };
 
-  int32_t acc[kThreadM][kThreadN] = {};
-  fetch(0);
-  for (int k0 = 0; k0 < k; k0 += kTileK) {
-    __syncthreads();  // the previous step has been read
-    a_tile[staged_row][swizzled(staged_row, staged_chunk)] = a_next;
-    b_tile[staged_row][swizzled(staged_row, staged_chunk)] = b_next;
-    __syncthreads();
-    fetch(k0 + kTileK);
-    NO_UNROLL for (int chunk = 0; chunk < kChunks; ++chunk) {
-      int4 b[kThreadN];
-      UNROLL for (int j = 0; j < kThreadN; ++j) {
-        const int row = tn + j * kThreadsN;
-        b[j] = b_tile[row][swizzled(row, chunk)];
-      }
-      UNROLL for (int i = 0; i < kThreadM; ++i) {
-        const int row = tm + i * kThreadsM;
-        const int4 a = a_tile[row][swizzled(row, chunk)];
-        UNROLL for (int j = 0; j < kThreadN; ++j) acc[i][j] = dot16(a, b[j], acc[i][j]);
-      }
-    }
+  // ---- main loop. The rows that a lane names to ldmatrix: of a, 16 rows by two chunks; of b, two fragments by two.
+  const int a_row0 = warp_m * kFragsM * 16 + lane % 16, a_chunk = lane / 16;
+  const int b_row0 = warp_n * kFragsN * 8 + lane / 16 * 8 + lane % 8, b_chunk = lane / 8 % 2;
+  int32_t acc[kFragsM][kFragsN][4] = {};
+  const int steps = static_cast<int>(ceil_div(k, Tile::kStepK));
+  UNROLL for (int step = 0; step < Tile::kStages - 1; ++step) {
+    if (step < steps) fetch(step);
+    cp_async_commit();
   }
-
-  float sum8[kThreadM][kThreadN] = {}, sum16[kThreadM][kThreadN] = {};
-  if (!kExact && p.x != nullptr) {
-    SHARED(float, x_tile, [kOutlierStep][kTileM]);
-    SHARED(float, w_tile, [kOutlierStep][kTileN]);
-    SHARED(int, is_kept, [kOutlierStep]);
-    const int32_t count = *p.count;
-    for (int32_t c0 = 0; c0 < count; c0 += kOutlierStep) {
-      const int step = count - c0 < kOutlierStep ? count - c0 : kOutlierStep;
-      __syncthreads();  // the previous step has been read
-      for (int item = thread; item < step * kTileM; item += kThreads) {
-        const int c = item / kTileM, row = item % kTileM;
-        const int32_t column = p.columns[c0 + c];
-        x_tile[c][row] = m0 + row < p.m ? load_float(p.x, p.x_dtype, (m0 + row) * p.k + column) : 0.0f;
-        float weight = 0.0f;
-        // Whether a column was kept is the same for every row: the row that is always there says it.
-        const bool kept = n0 + row < p.n && outlier_weight(p, column, n0 + row, weight);
-        w_tile[c][row] = weight;
-        if (row == 0) is_kept[c] = kept;
+  NO_UNROLL for (int step = 0; step < steps; ++step) {
+    cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // this step has arrived for all threads, and all have read the one before it
+    if (step + Tile::kStages - 1 < steps) fetch(step + Tile::kStages - 1);
+    cp_async_commit();
+    const int8_t* a_stage = shared + step % Tile::kStages * Tile::kStageBytes;
+    const int8_t* b_stage = a_stage + Tile::kM * Tile::kStepK;
+    UNROLL for (int part = 0; part < Tile::kStepK / 32 / Tile::kSplit; ++part) {
+      const int chunk = (part * Tile::kSplit + split) * 2;
+      uint32_t b[kFragsN / 2][4];
+      UNROLL for (int j = 0; j < kFragsN / 2; ++j) {
+        const int row = b_row0 + j * 16;
+        ldmatrix_x4(b[j], b_stage + row * Tile::kStepK + ((chunk + b_chunk) ^ swizzle<kChunks>(row)) * 16);
       }
-      __syncthreads();
-      NO_UNROLL for (int c = 0; c < step; ++c) {
-        float x[kThreadM], w[kThreadN];
-        UNROLL for (int i = 0; i < kThreadM; ++i) x[i] = x_tile[c][tm + i * kThreadsM];
-        UNROLL for (int j = 0; j < kThreadN; ++j) w[j] = w_tile[c][tn + j * kThreadsN];
-        if (is_kept[c]) {
-          UNROLL for (int i = 0; i < kThreadM; ++i) UNROLL for (int j = 0; j < kThreadN; ++j) sum16[i][j] =
-              fmaf(x[i], w[j], sum16[i][j]);
-        } else {
-          UNROLL for (int i = 0; i < kThreadM; ++i) UNROLL for (int j = 0; j < kThreadN; ++j) sum8[i][j] =
-              fmaf(x[i], w[j], sum8[i][j]);
+      UNROLL for (int i = 0; i < kFragsM; ++i) {
+        const int row = a_row0 + i * 16;
+        uint32_t a[4];
+        ldmatrix_x4(a, a_stage + row * Tile::kStepK + ((chunk + a_chunk) ^ swizzle<kChunks>(row)) * 16);
+        UNROLL for (int j = 0; j < kFragsN; ++j) {
+          const uint32_t of_b[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+          mma_int8(acc[i][j], a, of_b);
         }
       }
     }
   }
 
-  Out* out = static_cast<Out*>(p.out);
-  [[maybe_unused]] float a_scale[kThreadM] = {};
-  if constexpr (!kExact) {
-    UNROLL for (int i = 0; i < kThreadM; ++i) {
-      const int64_t row = m0 + tm + i * kThreadsM;
-      if (row < p.m) a_scale[i] = p.a_scale[row * p.a_scale_stride];
+  // ---- add what the warps of a split have, and take over kOwned fragments of rows
+  const int row0 = (warp_m * kFragsM + split * kOwned) * 16 + lane / 4;
+  const int column0 = warp_n * kFragsN * 8 + lane % 4 * 8;
+  if constexpr (Tile::kSplit > 1) {
+    cp_async_wait<0>();
+    __syncthreads();
+    int4* sums = reinterpret_cast<int4*>(shared);  // [warps][kFragsM][kFragsN][32]
+    UNROLL for (int i = 0; i < kFragsM; ++i) UNROLL for (int j = 0; j < kFragsN; ++j) {
+      const int32_t* from = acc[i][j];
+      sums[((warp * kFragsM + i) * kFragsN + j) * 32 + lane] = make_int4(from[0], from[1], from[2], from[3]);
+    }
+    __syncthreads();
+    UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int j = 0; j < kFragsN; ++j) {
+      int32_t total[4] = {};
+      UNROLL for (int other = 0; other < Tile::kSplit; ++other) {
+        const int from = warp - split + other;
+        const int4 part = sums[((from * kFragsM + split * kOwned + i) * kFragsN + j) * 32 + lane];
+        total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
+      }
+      UNROLL for (int e = 0; e < 4; ++e) acc[i][j][e] = total[e];
     }
   }
-  UNROLL for (int j = 0; j < kThreadN; ++j) {
-    const int64_t column = n0 + tn + j * kThreadsN;
-    if (column >= p.n) break;
-    [[maybe_unused]] ColumnTerms terms{};
-    if constexpr (!kExact) terms = column_terms(p, column);
-    UNROLL for (int i = 0; i < kThreadM; ++i) {
-      const int64_t row = m0 + tm + i * kThreadsM;
-      if (row >= p.m) break;
-      if constexpr (kExact)
-        out[row * p.n + column] = acc[i][j];
-      else
-        out[row * p.n + column] =
-            from_float<Out>(dequantize(acc[i][j], a_scale[i], terms.scale, sum8[i][j], sum16[i][j], terms.bias));
+
+  // Of the outputs that a thread has, f(value, local row, local column), in fours of neighbouring fragments.
+  Out* out = static_cast<Out*>(p.out);
+  const bool packs = p.n % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+  const auto store = [&](const Out(&values)[8], int64_t row, int64_t column) {
+    if (row >= p.m || column >= p.n) return;
+    Out* to = out + row * p.n + column;
+    if (packs) {
+      constexpr int kWidth = kExact ? 2 : kVectorWidth<Out>;  // accumulators lie in pairs: four would need moves
+      UNROLL for (int part = 0; part < 8 / kWidth; ++part) {
+        Pack<Out, kWidth> pack;
+        UNROLL for (int e = 0; e < kWidth; ++e) pack.at[e] = values[part * kWidth + e];
+        store_pack(to, part, pack);
+      }
+    } else {
+      UNROLL for (int e = 0; e < 8; ++e) {
+        if (column + e < p.n) to[e] = values[e];
+      }
+    }
+  };
+  if constexpr (kExact) {
+    UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
+      UNROLL for (int group = 0; group < kFragsN / 4; ++group) {
+        Out values[8];
+        UNROLL for (int e = 0; e < 8; ++e) values[e] = acc[i][group * 4 + e / 2][half * 2 + e % 2];
+        store(values, m0 + row0 + i * 16 + half * 8, n0 + column0 + group * 32);
+      }
+    }
+  } else {
+    float v[kOwned][kFragsN][4];
+    UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
+      const int64_t row = m0 + row0 + i * 16 + half * 8;
+      const float a_scale = row < p.m ? p.a_scale[row * p.a_scale_stride] : 0.0f;
+      UNROLL for (int j = 0; j < kFragsN; ++j) UNROLL for (int e = half * 2; e < half * 2 + 2; ++e) v[i][j][e] =
+          scale_row(acc[i][j][e], a_scale);
+    }
+
+    NO_UNROLL for (int pass = 0; pass < 2; ++pass) {
+      const bool kept = pass == 1;
+      if (kept) {
+        UNROLL for (int group = 0; group < kFragsN / 4; ++group) UNROLL for (int e = 0; e < 8; ++e) {
+          const int64_t column = n0 + column0 + group * 32 + e;
+          const float b_scale = column < p.n ? p.b_scale[column * p.b_scale_stride] : 0.0f;
+          const float bias = column < p.n ? column_bias(p, column) : 0.0f;
+          UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
+            float& sum = v[i][group * 4 + e / 2][half * 2 + e % 2];
+            sum = scale_column(sum, b_scale, bias);
+          }
+        }
+      }
+      if (p.x == nullptr || (kept && p.outlier_slot == nullptr)) continue;
+      const Out* x = static_cast<const Out*>(p.x);
+      const int32_t count = *p.count;
+      const int c = thread % kOutlierStep, first_row = thread / kOutlierStep;  // what this thread stages
+      constexpr int kRowsStaged = Tile::kThreads / kOutlierStep;
+      NO_UNROLL for (int32_t c0 = 0; c0 < count; c0 += kOutlierStep) {
+        const OutlierColumn outlier(p, c0 + c, count, kept);
+        __syncthreads();  // the main loop, or the previous step, has been read
+        bool done = false;
+        if constexpr (kMma16Bit<Out>) {
+          if (!kept || p.outlier_weight_dtype == dtype_of<Out>::value) {
+            // Rows of 16 elements, 48 bytes apart: eight of them cover all banks once.
+            constexpr int kStride = 24;
+            Out *x_tile = reinterpret_cast<Out*>(shared), *w_tile = x_tile + Tile::kM * kStride;
+            UNROLL_BY_4 for (int row = first_row; row < Tile::kM; row += kRowsStaged) x_tile[row * kStride + c] =
+                outlier.use && m0 + row < p.m ? x[(m0 + row) * p.k + outlier.column] : Out{0};
+            UNROLL_BY_4 for (int column = first_row; column < Tile::kN; column += kRowsStaged)
+                w_tile[slot_of(column) * kStride + c] =
+                    outlier.use && n0 + column < p.n ? from_float<Out>(outlier.weight(p, n0 + column)) : Out{0};
+            __syncthreads();
+            uint32_t a[kOwned][4];
+            UNROLL for (int i = 0; i < kOwned; ++i) {
+              const int row = (warp_m * kFragsM + split * kOwned + i) * 16 + lane % 16;
+              ldmatrix_x4(a[i], x_tile + row * kStride + a_chunk * 8);
+            }
+            UNROLL for (int j = 0; j < kFragsN; j += 2) {
+              uint32_t b[4];
+              ldmatrix_x4(b, w_tile + (b_row0 + j * 8) * kStride + b_chunk * 8);
+              UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int f = 0; f < 2; ++f) {
+                const uint32_t of_b[2] = {b[f * 2], b[f * 2 + 1]};
+                mma_16bit<Out>(v[i][j + f], a[i], of_b);
+              }
+            }
+            done = true;
+          }
+        }
+        if (!done) {  // fp32, and what this architecture's tensor cores do not take
+          float *x_tile = reinterpret_cast<float*>(shared), *w_tile = x_tile + kOutlierStep * Tile::kM;
+          UNROLL_BY_4 for (int row = first_row; row < Tile::kM; row += kRowsStaged) x_tile[c * Tile::kM + row] =
+              outlier.use && m0 + row < p.m ? to_float(x[(m0 + row) * p.k + outlier.column]) : 0.0f;
+          UNROLL_BY_4 for (int column = first_row; column < Tile::kN; column += kRowsStaged)
+              w_tile[c * Tile::kN + column] = outlier.use && n0 + column < p.n ? outlier.weight(p, n0 + column) : 0.0f;
+          __syncthreads();
+          NO_UNROLL for (int step = 0; step < kOutlierStep && c0 + step < count; ++step) {
+            float from_x[kOwned][2];
+            UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) from_x[i][half] =
+                x_tile[step * Tile::kM + row0 + i * 16 + half * 8];
+            UNROLL for (int group = 0; group < kFragsN / 4; ++group) {
+              const auto w = load_pack<8>(w_tile, (step * Tile::kN + column0 + group * 32) / 8);
+              UNROLL for (int e = 0; e < 8; ++e) UNROLL for (int i = 0; i < kOwned; ++i) {
+                UNROLL for (int half = 0; half < 2; ++half) {
+                  float& sum = v[i][group * 4 + e / 2][half * 2 + e % 2];
+                  sum = fmaf(from_x[i][half], w.at[e], sum);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+
+    UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
+      UNROLL for (int group = 0; group < kFragsN / 4; ++group) {
+        Out values[8];
+        UNROLL for (int e = 0; e < 8; ++e) values[e] = from_float<Out>(v[i][group * 4 + e / 2][half * 2 + e % 2]);
+        store(values, m0 + row0 + i * 16 + half * 8, n0 + column0 + group * 32);
+      }
     }
   }
 }
 
 // ---- few rows ----
 //
-// Bound by reading the weight once. A warp per output column streams its row of b, 16 bytes per lane, against up to 4
-// rows of a, which stay in L1; one reduction per row at the end. Outlier columns are gathered 32 at a time, a column
-// per lane, and then added in order from the lanes' registers: the same chains of fmaf as everywhere.
+// Bound by reading the weight once. A block takes 16 columns of the output and up to 16 rows of a; its warps share k in
+// spans of 64 bytes. Fragments come straight from memory: a product is the same in any order of k, so a lane takes 16
+// neighbouring bytes of its row of b, and of its rows of a, as its words of two mma. At 16 rows tensor cores need a
+// tenth of the time that the memory does.
 
-constexpr int kFewRows = 4, kFewWarps = 8;
+constexpr int kFewRows = 16, kFewColumns = 16, kFewWarps = 8, kFewSpan = 64;
+constexpr int kFewAhead = 4;  // spans a lane has under way: 8 KiB a warp
 
-template <class Out>
-__global__ void __launch_bounds__(kFewWarps * 32) int8_gemm_few_rows_kernel(Int8Gemm p) {
+template <class Out, bool kVector>
+__global__ void __launch_bounds__(kFewWarps * 32, 2) int8_gemm_few_rows_kernel(Int8Gemm p) {
   constexpr bool kExact = std::is_same_v<Out, int32_t>;
-  const int lane = threadIdx.x % 32, m = static_cast<int>(p.m);
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * kFewWarps + threadIdx.x / 32;
-  if (j >= p.n) return;  // a whole warp
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int m = static_cast<int>(p.m), k = static_cast<int>(p.k);
+  const int64_t n0 = static_cast<int64_t>(blockIdx.x) * kFewColumns;
 
-  const int64_t chunks = p.k / 16;
-  const int4* a = reinterpret_cast<const int4*>(p.a);
-  const int4* b = reinterpret_cast<const int4*>(p.b) + j * chunks;
-  int32_t acc[kFewRows] = {};
-  for (int64_t chunk = lane; chunk < chunks; chunk += 32) {
-    const int4 weight = b[chunk];
-    UNROLL for (int i = 0; i < kFewRows; ++i) {
-      if (i < m) acc[i] = dot16(a[i * chunks + chunk], weight, acc[i]);
+  const int8_t *a_row[2], *b_row[2];  // null past the edge
+  UNROLL for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + half * 8;
+    a_row[half] = row < m ? p.a + row * p.k : nullptr;
+    b_row[half] = n0 + row < p.n ? p.b + (n0 + row) * p.k : nullptr;
+  }
+  int32_t acc[2][4] = {};
+  const int first = warp * kFewSpan + lane % 4 * 16;
+  NO_UNROLL for (int k0 = 0; k0 < k; k0 += kFewAhead * kFewWarps * kFewSpan) {
+    int4 a[kFewAhead][2], b[kFewAhead][2];
+    UNROLL for (int ahead = 0; ahead < kFewAhead; ++ahead) UNROLL for (int half = 0; half < 2; ++half) {
+      const int at = k0 + ahead * kFewWarps * kFewSpan + first;
+      b[ahead][half] = load_chunk<kVector, true>(b_row[half], at, k);
+      a[ahead][half] = load_chunk<kVector>(a_row[half], at, k);
+    }
+    UNROLL for (int ahead = 0; ahead < kFewAhead; ++ahead) UNROLL for (int half = 0; half < 2; ++half) {
+      const int4 &low = a[ahead][0], &high = a[ahead][1], &of_b = b[ahead][half];
+      const auto word = [](int bits) { return static_cast<uint32_t>(bits); };
+      mma_int8(acc[half], {word(low.x), word(high.x), word(low.y), word(high.y)}, {word(of_b.x), word(of_b.y)});
+      mma_int8(acc[half], {word(low.z), word(high.z), word(low.w), word(high.w)}, {word(of_b.z), word(of_b.w)});
     }
   }
-  UNROLL for (int i = 0; i < kFewRows; ++i) acc[i] = warp_sum(acc[i]);
 
-  float sum8[kFewRows] = {}, sum16[kFewRows] = {};
-  if (!kExact && p.x != nullptr) {
-    const int32_t count = *p.count;
-    for (int32_t c0 = 0; c0 < count; c0 += 32) {
-      const int step = count - c0 < 32 ? count - c0 : 32;
-      float x[kFewRows] = {}, weight = 0.0f;
-      bool kept = false;
-      if (lane < step) {
-        const int32_t column = p.columns[c0 + lane];
-        kept = outlier_weight(p, column, j, weight);
-        UNROLL for (int i = 0; i < kFewRows; ++i) {
-          if (i < m) x[i] = load_float(p.x, p.x_dtype, i * p.k + column);
-        }
-      }
-      const uint32_t kept_lanes = __ballot_sync(kFullWarp, kept);
-      NO_UNROLL for (int from = 0; from < step; ++from) {
-        const float w = __shfl_sync(kFullWarp, weight, from);
-        UNROLL for (int i = 0; i < kFewRows; ++i) {
-          const float value = __shfl_sync(kFullWarp, x[i], from);
-          if (kept_lanes >> from & 1)
-            sum16[i] = fmaf(value, w, sum16[i]);
-          else
-            sum8[i] = fmaf(value, w, sum8[i]);
-        }
-      }
-    }
+  // Rows 24 words apart: the pairs that half a warp stores cover all banks once.
+  SHARED(int32_t, sums, [kFewWarps][kFewRows][24]);
+  UNROLL for (int half = 0; half < 2; ++half) UNROLL for (int e = 0; e < 4; e += 2) {
+    *reinterpret_cast<int2*>(&sums[warp][lane / 4 + e * 4][half * 8 + lane % 4 * 2]) =
+        make_int2(acc[half][e], acc[half][e + 1]);
   }
+  __syncthreads();
+  const int row = thread / kFewColumns, column = thread % kFewColumns;  // of the output that is now this thread's
+  const int64_t j = n0 + column;
+  const bool inside = row < m && j < p.n;
+  int32_t sum = 0;
+  UNROLL for (int from = 0; from < kFewWarps; ++from) sum += sums[from][row][column];
 
   Out* out = static_cast<Out*>(p.out);
-  UNROLL for (int i = 0; i < kFewRows; ++i) {
-    if (lane != i || i >= m) continue;
-    if constexpr (kExact) {
-      out[i * p.n + j] = acc[i];
-    } else {
-      const ColumnTerms terms = column_terms(p, j);
-      out[i * p.n + j] = from_float<Out>(
-          dequantize(acc[i], p.a_scale[i * p.a_scale_stride], terms.scale, sum8[i], sum16[i], terms.bias));
+  if constexpr (kExact) {
+    if (inside) out[row * p.n + j] = sum;
+  } else {
+    SHARED(float, x_tile, [kOutlierStep][kFewRows + 1]);
+    SHARED(float, w_tile, [kOutlierStep][kFewColumns + 1]);
+    float v = inside ? scale_row(sum, p.a_scale[row * p.a_scale_stride]) : 0.0f;
+    NO_UNROLL for (int pass = 0; pass < 2; ++pass) {
+      const bool kept = pass == 1;
+      if (kept && inside) v = scale_column(v, p.b_scale[j * p.b_scale_stride], column_bias(p, j));
+      if (p.x == nullptr || (kept && p.outlier_slot == nullptr)) continue;
+      const Out* x = static_cast<const Out*>(p.x);
+      const int32_t count = *p.count;
+      NO_UNROLL for (int32_t c0 = 0; c0 < count; c0 += kOutlierStep) {
+        static_assert(kFewRows == kFewColumns && kOutlierStep == kFewColumns,
+                      "a thread stages one of x and one weight");
+        const OutlierColumn outlier(p, c0 + column, count, kept);
+        __syncthreads();  // the previous step has been read
+        x_tile[column][row] = outlier.use && row < m ? to_float(x[row * p.k + outlier.column]) : 0.0f;
+        w_tile[column][row] = outlier.use && n0 + row < p.n ? outlier.weight(p, n0 + row) : 0.0f;
+        __syncthreads();
+        UNROLL for (int c = 0; c < kOutlierStep; ++c) v = fmaf(x_tile[c][row], w_tile[c][column], v);
+      }
     }
+    if (inside) out[row * p.n + j] = from_float<Out>(v);
   }
+}
+
+// ---- choice ----
+
+template <class Out, class Tile, bool kVector>
+void launch_tiles(const Int8Gemm& p, Stream stream) {
+  auto kernel = int8_gemm_tile_kernel<Out, Tile, kVector>;
+  const auto tiles = static_cast<unsigned>(ceil_div(p.m, Tile::kM) * ceil_div(p.n, Tile::kN));
+  LAUNCH(kernel, dim3(tiles), dim3(Tile::kThreads), Tile::kSharedBytes, stream, p);
 }
 
 template <class Out>
 void launch_gemm(const Int8Gemm& p, Stream stream) {
   const bool vector = packable(p.a, p.k, 16) && packable(p.b, p.k, 16);
-  if (vector && p.m <= kFewRows) {
-    auto kernel = int8_gemm_few_rows_kernel<Out>;
-    LAUNCH(kernel, dim3(static_cast<unsigned>(ceil_div(p.n, kFewWarps))), dim3(kFewWarps * 32), 0, stream, p);
-  } else {
-    auto kernel = vector ? int8_gemm_kernel<Out, true> : int8_gemm_kernel<Out, false>;
-    const auto tiles = static_cast<unsigned>(ceil_div(p.m, kTileM) * ceil_div(p.n, kTileN));
-    LAUNCH(kernel, dim3(tiles), dim3(kThreads), 0, stream, p);
+  if (p.m <= kFewRows) {
+    auto kernel = vector ? int8_gemm_few_rows_kernel<Out, true> : int8_gemm_few_rows_kernel<Out, false>;
+    const auto blocks = static_cast<unsigned>(ceil_div(p.n, kFewColumns));
+    LAUNCH(kernel, dim3(blocks), dim3(kFewWarps * 32), 0, stream, p);
+    return;
   }
+  if (!vector) return launch_tiles<Out, SmallTile, false>(p, stream);
+  const auto enough = [&](int64_t tile_m, int64_t tile_n) {
+    return ceil_div(p.m, tile_m) * ceil_div(p.n, tile_n) >= multiprocessors();
+  };
+  if (p.m > SkinnyTile::kM && enough(LargeTile::kM, LargeTile::kN))
+    return launch_tiles<Out, LargeTile, true>(p, stream);
+  if (p.m > SkinnyTile::kM || enough(SmallTile::kM, SmallTile::kN))
+    return launch_tiles<Out, SmallTile, true>(p, stream);
+  launch_tiles<Out, SkinnyTile, true>(p, stream);
 }
 
 void int8_gemm(const Int8Gemm& p, Stream stream) {

@@ -18,6 +18,6 @@ void multiply(const GemmTile& t) {
 
 }  // namespace
 
-const GemmLoops gemm_loops = {nullptr, 0, multiply, GemmEpilogue<Vec>::add_outliers, GemmEpilogue<Vec>::epilogue};
+const GemmLoops gemm_loops = GemmEpilogue<Vec>::with(nullptr, 0, multiply);
 
 }  // namespace octavo::cpu::portable

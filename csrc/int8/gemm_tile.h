@@ -10,8 +10,7 @@ struct GemmTile {
   const int8_t* a;  // p->a, or what pack() made of it
   int64_t i0 = 0, j0 = 0, rows = 0, cols = 0;
   int32_t* acc = nullptr;  // [rows, kTileN] the integer sums
-  float* sum8 = nullptr;   // [rows, kTileN] the outlier parts, or null when there are none
-  float* sum16 = nullptr;
+  float* sum = nullptr;    // [rows, kTileN] what becomes of them
 };
 
 constexpr int64_t kPackK = 64;
@@ -23,10 +22,12 @@ struct GemmLoops {
   // multiple of kPackK; null: a itself. Codes outside a are packed too, so that a kernel needs no case for the edge.
   void (*pack)(const Int8Gemm&, int8_t* packed, int64_t begin, int64_t end);  // groups [begin, end)
   int64_t pack_rows;
-  void (*multiply)(const GemmTile&);  // fills acc
-  // Adds outlier columns to sum8 (slots null or -1) and sum16: w[c, j] = the weights of columns[c], gathered.
-  void (*add_outliers)(const GemmTile&, const int32_t* columns, int64_t count, const float* w, const uint8_t* is_kept);
-  void (*epilogue)(const GemmTile&, const float* bias);  // acc -> out; bias fp32 [kTileN], or null
+  void (*multiply)(const GemmTile&);    // fills acc
+  void (*scale_rows)(const GemmTile&);  // acc -> sum
+  // sum += the outlier columns: w[c, j] = the weights of columns[c], gathered.
+  void (*add_outliers)(const GemmTile&, const int32_t* columns, int64_t count, const float* w);
+  void (*scale_columns)(const GemmTile&, const float* bias);  // in sum; bias fp32 [kTileN], or null
+  void (*store)(const GemmTile&);                             // sum, or with out_dtype i32 acc, to out
 };
 
 namespace portable {
@@ -49,15 +50,22 @@ template <class V>
 struct GemmEpilogue {
   using F = typename V::F;
 
-  static void add_outliers(const GemmTile& t, const int32_t* columns, int64_t count, const float* w,
-                           const uint8_t* is_kept) {
+  static void scale_rows(const GemmTile& t) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const F a_scale = V::set(t.p->a_scale[(t.i0 + i) * t.p->a_scale_stride]);
+      for (int64_t j = i * kTileN; j < (i + 1) * kTileN; j += V::kWidth)
+        V::store(t.sum + j, V::mul(V::load(t.acc + j), a_scale));
+    }
+  }
+
+  static void add_outliers(const GemmTile& t, const int32_t* columns, int64_t count, const float* w) {
     const Int8Gemm& p = *t.p;
-    dispatch_float(p.x_dtype, [&](auto type) {
+    dispatch_float(p.out_dtype, [&](auto type) {
       const auto* x = static_cast<const decltype(type)*>(p.x) + t.i0 * p.k;
       for (int64_t i = 0; i < t.rows; ++i)
         for (int64_t c = 0; c < count; ++c) {
           const F value = V::set(to_float(x[i * p.k + columns[c]]));
-          float* sum = (is_kept[c] ? t.sum16 : t.sum8) + i * kTileN;
+          float* sum = t.sum + i * kTileN;
           const float* row = w + c * kTileN;
           for (int64_t j = 0; j < kTileN; j += V::kWidth)
             V::store(sum + j, V::fma(value, V::load(row + j), V::load(sum + j)));
@@ -65,32 +73,41 @@ struct GemmEpilogue {
     });
   }
 
-  template <class T>
-  static void write(const GemmTile& t, const float* bias) {
-    const Int8Gemm& p = *t.p;
-    for (int64_t i = 0; i < t.rows; ++i) {
-      T* out = static_cast<T*>(p.out) + (t.i0 + i) * p.n + t.j0;
-      const int32_t* acc = t.acc + i * kTileN;
-      const F a_scale = V::set(p.a_scale[(t.i0 + i) * p.a_scale_stride]);
-      for (int64_t j = 0; j < t.cols; j += V::kWidth) {
-        const int n = t.cols - j < V::kWidth ? static_cast<int>(t.cols - j) : V::kWidth;
-        const F b_scale = p.b_scale_stride ? V::load(p.b_scale + t.j0 + j, n) : V::set(p.b_scale[0]);
-        F rest = bias ? V::load(bias + j) : V::set(0.0f);
-        if (t.sum8) {
-          rest = V::add(V::load(t.sum16 + i * kTileN + j), rest);
-          rest = V::fma(V::load(t.sum8 + i * kTileN + j), b_scale, rest);
-        }
-        V::store(out + j, V::fma(V::load(acc + j), V::mul(a_scale, b_scale), rest), n);
+  static void scale_columns(const GemmTile& t, const float* bias) {
+    const float* scale = t.p->b_scale + t.j0;
+    for (int64_t j = 0; j < t.cols; j += V::kWidth) {
+      const int n = t.cols - j < V::kWidth ? static_cast<int>(t.cols - j) : V::kWidth;
+      const F b_scale = t.p->b_scale_stride ? V::load(scale + j, n) : V::set(t.p->b_scale[0]);
+      const F add = bias ? V::load(bias + j) : V::set(0.0f);
+      for (int64_t i = 0; i < t.rows; ++i) {
+        float* sum = t.sum + i * kTileN + j;
+        V::store(sum, V::fma(V::load(sum), b_scale, add));
       }
     }
   }
 
-  static void epilogue(const GemmTile& t, const float* bias) {
-    if (t.p->out_dtype != DType::i32)
-      return dispatch_float(t.p->out_dtype, [&](auto type) { write<decltype(type)>(t, bias); });
-    for (int64_t i = 0; i < t.rows; ++i)
-      __builtin_memcpy(static_cast<int32_t*>(t.p->out) + (t.i0 + i) * t.p->n + t.j0, t.acc + i * kTileN,
-                       t.cols * sizeof(int32_t));
+  static void store(const GemmTile& t) {
+    const Int8Gemm& p = *t.p;
+    if (p.out_dtype == DType::i32) {
+      for (int64_t i = 0; i < t.rows; ++i)
+        __builtin_memcpy(static_cast<int32_t*>(p.out) + (t.i0 + i) * p.n + t.j0, t.acc + i * kTileN,
+                         t.cols * sizeof(int32_t));
+      return;
+    }
+    dispatch_float(p.out_dtype, [&](auto type) {
+      for (int64_t i = 0; i < t.rows; ++i) {
+        auto* out = static_cast<decltype(type)*>(p.out) + (t.i0 + i) * p.n + t.j0;
+        for (int64_t j = 0; j < t.cols; j += V::kWidth)
+          V::store(out + j, V::load(t.sum + i * kTileN + j),
+                   t.cols - j < V::kWidth ? static_cast<int>(t.cols - j) : V::kWidth);
+      }
+    });
+  }
+
+  // The table of an ISA level, which brings its own pack and multiply.
+  static constexpr GemmLoops with(decltype(GemmLoops::pack) pack, int64_t pack_rows,
+                                  decltype(GemmLoops::multiply) multiply) {
+    return {pack, pack_rows, multiply, scale_rows, add_outliers, scale_columns, store};
   }
 };
 

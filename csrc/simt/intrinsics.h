@@ -159,6 +159,10 @@ template <class T>
 T __ldg(const T* address) {
   return *address;
 }
+template <class T>
+T __ldcs(const T* address) {
+  return *address;
+}
 
 // Atomics are relaxed, as on the GPU: they order nothing else.
 template <class T, class F>

@@ -32,4 +32,7 @@ namespace octavo {
 inline void fill_bytes(void* data, int byte, size_t bytes, Stream) {
   std::memset(data, byte, bytes);
 }
+inline int multiprocessors() {
+  return 2;  // few, so that small matrices are large enough for every kernel
+}
 }  // namespace octavo
