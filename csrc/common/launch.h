@@ -6,7 +6,7 @@
 //   fill_bytes(pointer, byte, bytes, stream)
 //   multiprocessors()                      of the current device: how many blocks run at once, at least
 //   UNROLL, NO_UNROLL                      before a loop whose arrays must stay in registers; before one seldom run
-//   UNROLL_BY_4                            before a loop of gathers, so that some are under way together
+//   UNROLL_BY_8                            before a loop of gathers, so that some are under way together
 #include "common/hd.h"
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -16,7 +16,7 @@
 
 #define GPU_NS cuda
 #define UNROLL _Pragma("unroll")
-#define UNROLL_BY_4 _Pragma("unroll 4")
+#define UNROLL_BY_8 _Pragma("unroll 8")
 #define NO_UNROLL _Pragma("unroll 1")
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name)                                       \
@@ -45,7 +45,7 @@ inline int multiprocessors() {
 }  // namespace octavo
 #else
 #define UNROLL
-#define UNROLL_BY_4
+#define UNROLL_BY_8
 #define NO_UNROLL
 #include "simt/simt.h"
 #endif

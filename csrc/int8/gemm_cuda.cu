@@ -16,24 +16,18 @@ namespace octavo::GPU_NS {
 
 constexpr int kOutlierStep = 16;  // outlier columns staged at a time: the k of one mma_16bit
 
-// Outlier columns c0 .. c0 + kOutlierStep of the list, of which one pass takes those whose weights were kept, or the
-// others. What does not belong to the pass, or is past the end, is zero in x and in the weights: Inf * 0 never arises.
+// Entry c of the list. One pass takes the columns whose weights were kept, another the rest; what does not belong to
+// the pass, or is past the end, is zero in x and in the weights: Inf * 0 never arises.
 struct OutlierColumn {
   int32_t column;
-  int32_t slot;  // of the kept weights, or -1
+  int64_t slot;  // of the kept weights
   bool use;
 
   __device__ OutlierColumn(const Int8Gemm& p, int32_t c, int32_t count, bool kept) : column(0), slot(-1), use(false) {
     if (c >= count) return;
     column = p.columns[c];
-    slot = p.outlier_slot == nullptr ? -1 : p.outlier_slot[column];
-    if (slot < 0 || slot >= p.outlier_slots) slot = -1;
-    use = (slot >= 0) == kept;
-  }
-
-  __device__ float weight(const Int8Gemm& p, int64_t j) const {
-    return slot >= 0 ? load_float(p.outlier_weight, p.outlier_weight_dtype, slot * p.n + j)
-                     : static_cast<float>(p.b[j * p.k + column]);
+    if (p.outlier_slot != nullptr) slot = p.outlier_slot[column];
+    use = (slot >= 0 && slot < p.outlier_slots) == kept;
   }
 };
 
@@ -41,23 +35,14 @@ __device__ inline float column_bias(const Int8Gemm& p, int64_t j) {
   return p.bias == nullptr ? 0.0f : load_float(p.bias, p.bias_dtype, j);
 }
 
-// 16 bytes of a row from byte k0 on, zeros past its end or where there is no row. Without kVector k is not a multiple
-// of 16, or the rows are not aligned: byte by byte. Weights that are read once do not displace what stays.
-template <bool kVector, bool kOnce = false>
-__device__ inline int4 load_chunk(const int8_t* row, int k0, int k) {
-  int4 chunk = make_int4(0, 0, 0, 0);
-  if (row == nullptr || k0 >= k) return chunk;
-  if constexpr (kVector) {
-    const int4* from = reinterpret_cast<const int4*>(row + k0);
-    chunk = kOnce ? __ldcs(from) : *from;
-  } else {
-    uint32_t words[4] = {};
-    UNROLL for (int byte = 0; byte < 16; ++byte) {
-      if (k0 + byte < k) words[byte / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(row[k0 + byte])) << byte % 4 * 8;
-    }
-    chunk = make_int4(words[0], words[1], words[2], words[3]);
+// 16 bytes, of which only the first `count` are there; the rest becomes zero. For k that is not a multiple of 16, or
+// rows that are not aligned: byte by byte.
+__device__ inline int4 load_bytes(const int8_t* from, int count) {
+  uint32_t words[4] = {};
+  UNROLL for (int byte = 0; byte < 16; ++byte) {
+    if (byte < count) words[byte / 4] |= static_cast<uint32_t>(static_cast<uint8_t>(from[byte])) << byte % 4 * 8;
   }
-  return chunk;
+  return make_int4(words[0], words[1], words[2], words[3]);
 }
 
 // ---- tiles ----
@@ -119,7 +104,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
   const unsigned down = static_cast<unsigned>(ceil_div(p.m, Tile::kM));
   const int64_t m0 = static_cast<int64_t>(blockIdx.x % down) * Tile::kM;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / down) * Tile::kN;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int thread = threadIdx.x % Tile::kThreads, lane = thread % 32, warp = thread / 32;  // a range for nvcc
   const int split = warp % Tile::kSplit, warp_m = warp / Tile::kSplit % Tile::kWarpsM,
             warp_n = warp / Tile::kSplit / Tile::kWarpsM;
   const int k = static_cast<int>(p.k);  // at most kMaxK
@@ -129,30 +114,27 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
   constexpr int kRowsAtOnce = Tile::kThreads / kChunks, kRowsOfA = Tile::kM / kRowsAtOnce,
                 kRowsOfB = Tile::kN / kRowsAtOnce;
   const int fetched_row = thread / kChunks, fetched_chunk = thread % kChunks;
+  const int rows_of_a = p.m - m0 < Tile::kM ? static_cast<int>(p.m - m0) : Tile::kM;
+  const int rows_of_b = p.n - n0 < Tile::kN ? static_cast<int>(p.n - n0) : Tile::kN;
   const int8_t *a_first = p.a + m0 * p.k, *b_first = p.b + n0 * p.k;
   int a_offset[kRowsOfA], b_offset[kRowsOfB];  // at most 127 * kMaxK
-  const auto offset_of = [&](int i, int64_t rows) {
-    const int row = fetched_row + i * kRowsAtOnce;
-    return (row < rows ? row : static_cast<int>(rows) - 1) * k;
-  };
-  UNROLL for (int i = 0; i < kRowsOfA; ++i) a_offset[i] = offset_of(i, p.m - m0);
-  UNROLL for (int i = 0; i < kRowsOfB; ++i) b_offset[i] = offset_of(i, p.n - n0);
-  const auto fetch_chunk = [&](int8_t* rows, int row, const int8_t* from, int k0) {
-    int8_t* to = rows + row * Tile::kStepK + (fetched_chunk ^ swizzle<kChunks>(row)) * 16;
-    if constexpr (kVector)
-      cp_async_16(to, k0 < k ? from + k0 : from, k0 < k ? 16 : 0);
-    else
-      *reinterpret_cast<int4*>(to) = load_chunk<false>(from, k0, k);
-  };
-  const auto fetch = [&](int step) {
-    int8_t* stage = shared + step % Tile::kStages * Tile::kStageBytes;
+  UNROLL for (int i = 0; i < kRowsOfA; ++i) a_offset[i] = min(fetched_row + i * kRowsAtOnce, rows_of_a - 1) * k;
+  UNROLL for (int i = 0; i < kRowsOfB; ++i) b_offset[i] = min(fetched_row + i * kRowsAtOnce, rows_of_b - 1) * k;
+  const auto fetch = [&](int step, int place) {
     const int k0 = step * Tile::kStepK + fetched_chunk * 16;
-    UNROLL for (int i = 0; i < kRowsOfA; ++i) {
-      fetch_chunk(stage, fetched_row + i * kRowsAtOnce, a_first + a_offset[i], k0);
-    }
+    const bool inside = k0 < k;
+    int8_t* stage = shared + place * Tile::kStageBytes;
+    const auto chunk = [&](int8_t* rows, int row, const int8_t* from) {
+      int8_t* to = rows + row * Tile::kStepK + (fetched_chunk ^ swizzle<kChunks>(row)) * 16;
+      if constexpr (kVector)
+        cp_async_16(to, from, inside ? 16 : 0);
+      else
+        *reinterpret_cast<int4*>(to) = load_bytes(from, k - k0);
+    };
+    const int8_t *a = a_first + (inside ? k0 : 0), *b = b_first + (inside ? k0 : 0);
+    UNROLL for (int i = 0; i < kRowsOfA; ++i) chunk(stage, fetched_row + i * kRowsAtOnce, a + a_offset[i]);
     UNROLL for (int i = 0; i < kRowsOfB; ++i) {
-      const int slot = slot_of(fetched_row + i * kRowsAtOnce);
-      fetch_chunk(stage + Tile::kM * Tile::kStepK, slot, b_first + b_offset[i], k0);
+      chunk(stage + Tile::kM * Tile::kStepK, slot_of(fetched_row + i * kRowsAtOnce), b + b_offset[i]);
     }
   };
 
@@ -162,15 +144,18 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
   int32_t acc[kFragsM][kFragsN][4] = {};
   const int steps = static_cast<int>(ceil_div(k, Tile::kStepK));
   UNROLL for (int step = 0; step < Tile::kStages - 1; ++step) {
-    if (step < steps) fetch(step);
+    if (step < steps) fetch(step, step);
     cp_async_commit();
   }
+  int place = 0, next_place = Tile::kStages - 1;  // in the ring: of this step, and of the one to fetch
   NO_UNROLL for (int step = 0; step < steps; ++step) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this step has arrived for all threads, and all have read the one before it
-    if (step + Tile::kStages - 1 < steps) fetch(step + Tile::kStages - 1);
+    if (step + Tile::kStages - 1 < steps) fetch(step + Tile::kStages - 1, next_place);
     cp_async_commit();
-    const int8_t* a_stage = shared + step % Tile::kStages * Tile::kStageBytes;
+    const int8_t* a_stage = shared + place * Tile::kStageBytes;
+    next_place = place;
+    place = place + 1 == Tile::kStages ? 0 : place + 1;
     const int8_t* b_stage = a_stage + Tile::kM * Tile::kStepK;
     UNROLL for (int part = 0; part < Tile::kStepK / 32 / Tile::kSplit; ++part) {
       const int chunk = (part * Tile::kSplit + split) * 2;
@@ -264,24 +249,34 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
         }
       }
       if (p.x == nullptr || (kept && p.outlier_slot == nullptr)) continue;
-      const Out* x = static_cast<const Out*>(p.x);
       const int32_t count = *p.count;
-      const int c = thread % kOutlierStep, first_row = thread / kOutlierStep;  // what this thread stages
-      constexpr int kRowsStaged = Tile::kThreads / kOutlierStep;
+      const int c = thread % kOutlierStep;  // of the step's columns: the one that this thread stages
       NO_UNROLL for (int32_t c0 = 0; c0 < count; c0 += kOutlierStep) {
         const OutlierColumn outlier(p, c0 + c, count, kept);
         __syncthreads();  // the main loop, or the previous step, has been read
-        bool done = false;
-        if constexpr (kMma16Bit<Out>) {
-          if (!kept || p.outlier_weight_dtype == dtype_of<Out>::value) {
+        // to(row, element number row * stride of `from`, or zero): rows past the edge repeat the last one again.
+        const auto stage = [&](auto tile_rows, int rows, int64_t stride, const auto* from, const auto& to) {
+          constexpr int kRowsStaged = Tile::kThreads / kOutlierStep, kRows = decltype(tile_rows)::value;
+          UNROLL_BY_8 for (int row = thread / kOutlierStep; row < kRows; row += kRowsStaged)
+              to(row, outlier.use ? from[min(row, rows - 1) * stride] : std::decay_t<decltype(*from)>{});
+        };
+        using M = std::integral_constant<int, Tile::kM>;
+        using N = std::integral_constant<int, Tile::kN>;
+        const Out* x = static_cast<const Out*>(p.x) + m0 * p.k + outlier.column;
+        const int8_t* codes = p.b + n0 * p.k + outlier.column;
+        const int64_t first_kept = outlier.use ? outlier.slot * p.n + n0 : 0;
+        if (kMma16Bit<Out> && (!kept || p.outlier_weight_dtype == dtype_of<Out>::value)) {
+          if constexpr (kMma16Bit<Out>) {
             // Rows of 16 elements, 48 bytes apart: eight of them cover all banks once.
             constexpr int kStride = 24;
             Out *x_tile = reinterpret_cast<Out*>(shared), *w_tile = x_tile + Tile::kM * kStride;
-            UNROLL_BY_4 for (int row = first_row; row < Tile::kM; row += kRowsStaged) x_tile[row * kStride + c] =
-                outlier.use && m0 + row < p.m ? x[(m0 + row) * p.k + outlier.column] : Out{0};
-            UNROLL_BY_4 for (int column = first_row; column < Tile::kN; column += kRowsStaged)
-                w_tile[slot_of(column) * kStride + c] =
-                    outlier.use && n0 + column < p.n ? from_float<Out>(outlier.weight(p, n0 + column)) : Out{0};
+            const auto to_w = [&](int column, Out value) { w_tile[slot_of(column) * kStride + c] = value; };
+            stage(M{}, rows_of_a, p.k, x, [&](int row, Out value) { x_tile[row * kStride + c] = value; });
+            if (kept)
+              stage(N{}, rows_of_b, 1, static_cast<const Out*>(p.outlier_weight) + first_kept, to_w);
+            else
+              stage(N{}, rows_of_b, p.k, codes,
+                    [&](int column, int8_t code) { to_w(column, from_float<Out>(static_cast<float>(code))); });
             __syncthreads();
             uint32_t a[kOwned][4];
             UNROLL for (int i = 0; i < kOwned; ++i) {
@@ -296,15 +291,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
                 mma_16bit<Out>(v[i][j + f], a[i], of_b);
               }
             }
-            done = true;
           }
-        }
-        if (!done) {  // fp32, and what this architecture's tensor cores do not take
+        } else {  // fp32, and what this architecture's tensor cores do not take
           float *x_tile = reinterpret_cast<float*>(shared), *w_tile = x_tile + kOutlierStep * Tile::kM;
-          UNROLL_BY_4 for (int row = first_row; row < Tile::kM; row += kRowsStaged) x_tile[c * Tile::kM + row] =
-              outlier.use && m0 + row < p.m ? to_float(x[(m0 + row) * p.k + outlier.column]) : 0.0f;
-          UNROLL_BY_4 for (int column = first_row; column < Tile::kN; column += kRowsStaged)
-              w_tile[c * Tile::kN + column] = outlier.use && n0 + column < p.n ? outlier.weight(p, n0 + column) : 0.0f;
+          const auto to_w = [&](int column, auto value) { w_tile[c * Tile::kN + column] = to_float(value); };
+          stage(M{}, rows_of_a, p.k, x, [&](int row, Out value) { x_tile[c * Tile::kM + row] = to_float(value); });
+          if (kept)
+            dispatch_float(p.outlier_weight_dtype, [&](auto type) {
+              stage(N{}, rows_of_b, 1, static_cast<const decltype(type)*>(p.outlier_weight) + first_kept, to_w);
+            });
+          else
+            stage(N{}, rows_of_b, p.k, codes, [&](int column, int8_t code) { to_w(column, static_cast<float>(code)); });
           __syncthreads();
           NO_UNROLL for (int step = 0; step < kOutlierStep && c0 + step < count; ++step) {
             float from_x[kOwned][2];
@@ -351,33 +348,59 @@ __global__ void __launch_bounds__(kFewWarps * 32, 2) int8_gemm_few_rows_kernel(I
   const int m = static_cast<int>(p.m), k = static_cast<int>(p.k);
   const int64_t n0 = static_cast<int64_t>(blockIdx.x) * kFewColumns;
 
-  const int8_t *a_row[2], *b_row[2];  // null past the edge
+  // Rows past the edge repeat the last one; what comes of them is not stored.
+  const int8_t *a_row[2], *b_row[2];
   UNROLL for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + half * 8;
-    a_row[half] = row < m ? p.a + row * p.k : nullptr;
-    b_row[half] = n0 + row < p.n ? p.b + (n0 + row) * p.k : nullptr;
+    const int64_t j = n0 + row;
+    a_row[half] = p.a + min(row, m - 1) * p.k;
+    b_row[half] = p.b + (j < p.n ? j : p.n - 1) * p.k;
   }
   int32_t acc[2][4] = {};
-  const int first = warp * kFewSpan + lane % 4 * 16;
-  NO_UNROLL for (int k0 = 0; k0 < k; k0 += kFewAhead * kFewWarps * kFewSpan) {
-    int4 a[kFewAhead][2], b[kFewAhead][2];
-    UNROLL for (int ahead = 0; ahead < kFewAhead; ++ahead) UNROLL for (int half = 0; half < 2; ++half) {
-      const int at = k0 + ahead * kFewWarps * kFewSpan + first;
-      b[ahead][half] = load_chunk<kVector, true>(b_row[half], at, k);
-      a[ahead][half] = load_chunk<kVector>(a_row[half], at, k);
+  const auto multiply = [&](const int4(&a)[2], const int4(&b)[2]) {
+    const auto word = [](int bits) { return static_cast<uint32_t>(bits); };
+    UNROLL for (int half = 0; half < 2; ++half) {
+      mma_int8(acc[half], {word(a[0].x), word(a[1].x), word(a[0].y), word(a[1].y)}, {word(b[half].x), word(b[half].y)});
+      mma_int8(acc[half], {word(a[0].z), word(a[1].z), word(a[0].w), word(a[1].w)}, {word(b[half].z), word(b[half].w)});
     }
-    UNROLL for (int ahead = 0; ahead < kFewAhead; ++ahead) UNROLL for (int half = 0; half < 2; ++half) {
-      const int4 &low = a[ahead][0], &high = a[ahead][1], &of_b = b[ahead][half];
-      const auto word = [](int bits) { return static_cast<uint32_t>(bits); };
-      mma_int8(acc[half], {word(low.x), word(high.x), word(low.y), word(high.y)}, {word(of_b.x), word(of_b.y)});
-      mma_int8(acc[half], {word(low.z), word(high.z), word(low.w), word(high.w)}, {word(of_b.z), word(of_b.w)});
+  };
+  constexpr int kBlockSpan = kFewWarps * kFewSpan;
+  int k0 = warp * kFewSpan + lane % 4 * 16;  // this lane's bytes of its warp's span
+  if constexpr (kVector) {
+    // The whole block takes this loop the same number of times: while every warp's spans lie inside.
+    NO_UNROLL for (int end = kFewAhead * kBlockSpan; end <= k; end += kFewAhead * kBlockSpan) {
+      int4 a[kFewAhead][2], b[kFewAhead][2];
+      UNROLL for (int ahead = 0; ahead < kFewAhead; ++ahead) UNROLL for (int half = 0; half < 2; ++half) {
+        b[ahead][half] = __ldcs(reinterpret_cast<const int4*>(b_row[half] + k0 + ahead * kBlockSpan));  // read once
+        a[ahead][half] = *reinterpret_cast<const int4*>(a_row[half] + k0 + ahead * kBlockSpan);
+      }
+      UNROLL for (int ahead = 0; ahead < kFewAhead; ++ahead) multiply(a[ahead], b[ahead]);
+      k0 += kFewAhead * kBlockSpan;
     }
   }
+  // What is left. A warp's lanes stay together: beyond k they multiply zeros.
+  NO_UNROLL for (; k0 - lane % 4 * 16 < k; k0 += kBlockSpan) {
+    int4 a[2] = {}, b[2] = {};
+    UNROLL for (int half = 0; half < 2; ++half) {
+      if constexpr (kVector) {
+        if (k0 >= k) continue;
+        b[half] = __ldcs(reinterpret_cast<const int4*>(b_row[half] + k0));
+        a[half] = *reinterpret_cast<const int4*>(a_row[half] + k0);
+      } else {
+        b[half] = load_bytes(b_row[half] + k0, k - k0);
+        a[half] = load_bytes(a_row[half] + k0, k - k0);
+      }
+    }
+    multiply(a, b);
+  }
 
-  // Rows 24 words apart: the pairs that half a warp stores cover all banks once.
-  SHARED(int32_t, sums, [kFewWarps][kFewRows][24]);
+  // Half of the columns change places in every other pair of rows: what half a warp stores, and what a warp then reads,
+  // covers all banks once.
+  SHARED(int32_t, sums, [kFewWarps][kFewRows][kFewColumns]);
+  const auto place = [](int row, int column) { return column ^ row / 2 % 2 * 8; };
   UNROLL for (int half = 0; half < 2; ++half) UNROLL for (int e = 0; e < 4; e += 2) {
-    *reinterpret_cast<int2*>(&sums[warp][lane / 4 + e * 4][half * 8 + lane % 4 * 2]) =
+    const int row = lane / 4 + e * 4;
+    *reinterpret_cast<int2*>(&sums[warp][row][place(row, half * 8 + lane % 4 * 2)]) =
         make_int2(acc[half][e], acc[half][e + 1]);
   }
   __syncthreads();
@@ -385,7 +408,7 @@ __global__ void __launch_bounds__(kFewWarps * 32, 2) int8_gemm_few_rows_kernel(I
   const int64_t j = n0 + column;
   const bool inside = row < m && j < p.n;
   int32_t sum = 0;
-  UNROLL for (int from = 0; from < kFewWarps; ++from) sum += sums[from][row][column];
+  UNROLL for (int from = 0; from < kFewWarps; ++from) sum += sums[from][row][place(row, column)];
 
   Out* out = static_cast<Out*>(p.out);
   if constexpr (kExact) {
@@ -405,8 +428,12 @@ __global__ void __launch_bounds__(kFewWarps * 32, 2) int8_gemm_few_rows_kernel(I
                       "a thread stages one of x and one weight");
         const OutlierColumn outlier(p, c0 + column, count, kept);
         __syncthreads();  // the previous step has been read
+        float weight = 0.0f;
+        if (outlier.use && n0 + row < p.n)
+          weight = kept ? load_float(p.outlier_weight, p.outlier_weight_dtype, outlier.slot * p.n + n0 + row)
+                        : static_cast<float>(p.b[(n0 + row) * p.k + outlier.column]);
         x_tile[column][row] = outlier.use && row < m ? to_float(x[row * p.k + outlier.column]) : 0.0f;
-        w_tile[column][row] = outlier.use && n0 + row < p.n ? outlier.weight(p, n0 + row) : 0.0f;
+        w_tile[column][row] = weight;
         __syncthreads();
         UNROLL for (int c = 0; c < kOutlierStep; ++c) v = fmaf(x_tile[c][row], w_tile[c][column], v);
       }
