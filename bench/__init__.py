@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("int8",)
+FAMILIES = ("int8", "model")
 
 
 def main(
@@ -21,8 +21,8 @@ def main(
 
     Args:
         family: one of `FAMILIES`; None runs all.
-        quick: fewer shapes and rounds (a minute or two).
-        out: folder for FAMILY-<time>.json and FAMILY.png; None only prints.
+        quick: fewer shapes or models, and rounds (a minute or two each).
+        out: folder for FAMILY-<time>.json and int8.png; None only prints.
         threads: thread counts to measure one after another; None takes torch's.
         device: "cpu" or "cuda".
 

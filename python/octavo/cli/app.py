@@ -216,10 +216,13 @@ def evaluate_(
 
 @app.command()
 def bench(
-    family: Annotated[str | None, typer.Argument(show_default="all", help="Which operators: int8.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes and rounds: about a minute.")] = False,
+    family: Annotated[
+        str | None, typer.Argument(show_default="all", help="int8 (operators) or model (language models).")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes, models, rounds: minutes.")] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", show_default="print only", help="Write JSON and a PNG plot there.")
+        Path | None,
+        typer.Option(metavar="DIR", show_default="print only", help="Write JSON there, and for int8 a PNG plot."),
     ] = None,
     threads: Annotated[
         list[int] | None,
@@ -227,10 +230,11 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Time the operators beside PyTorch and other libraries, under this machine's measured limits.
+    """Time operators and models beside PyTorch and other libraries, under this machine's measured limits.
 
     ```sh
     octavo bench int8 --quick
+    octavo bench model --quick
     octavo bench --out ./bench-results --threads 1 --threads 8
     ```
     """
