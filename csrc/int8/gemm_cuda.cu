@@ -144,14 +144,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
   int32_t acc[kFragsM][kFragsN][4] = {};
   const int steps = static_cast<int>(ceil_div(k, Tile::kStepK));
   UNROLL for (int step = 0; step < Tile::kStages - 1; ++step) {
-    if (step < steps) fetch(step, step);
+    fetch(step, step);
     cp_async_commit();
   }
   int place = 0, next_place = Tile::kStages - 1;  // in the ring: of this step, and of the one to fetch
   NO_UNROLL for (int step = 0; step < steps; ++step) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this step has arrived for all threads, and all have read the one before it
-    if (step + Tile::kStages - 1 < steps) fetch(step + Tile::kStages - 1, next_place);
+    fetch(step + Tile::kStages - 1, next_place);  // beyond k: zeros, which costs less than a branch
     cp_async_commit();
     const int8_t* a_stage = shared + place * Tile::kStageBytes;
     next_place = place;
@@ -179,8 +179,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
   // ---- add what the warps of a split have, and take over kOwned fragments of rows
   const int row0 = (warp_m * kFragsM + split * kOwned) * 16 + lane / 4;
   const int column0 = warp_n * kFragsN * 8 + lane % 4 * 8;
+  cp_async_wait<0>();  // shared memory is used again from here on
   if constexpr (Tile::kSplit > 1) {
-    cp_async_wait<0>();
     __syncthreads();
     int4* sums = reinterpret_cast<int4*>(shared);  // [warps][kFragsM][kFragsN][32]
     UNROLL for (int i = 0; i < kFragsM; ++i) UNROLL for (int j = 0; j < kFragsN; ++j) {
