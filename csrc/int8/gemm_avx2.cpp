@@ -41,9 +41,17 @@ template <int kRows>
   }
 }
 
+// What a kernel brings into L2 while it multiplies: from, from + advance, ... a step each. The hardware's prefetcher
+// stops at the end of each page, and a row of 4096 codes is just one.
+struct Ahead {
+  const int8_t* from;
+  int64_t advance;
+};
+constexpr int64_t kAheadBytes = 16384;  // prefetched at least that far ahead: a few hundred ns at full bandwidth
+
 // kRows x 4 outputs: at kRows = 2, 8 accumulators + 4 b + 2 a fill the 16 registers.
 template <int kRows>
-void kernel(const int8_t* a, int64_t a_stride, const int8_t* const* b, int64_t k, int32_t* acc) {
+void kernel(const int8_t* a, int64_t a_stride, const int8_t* const* b, int64_t k, Ahead next, int32_t* acc) {
   __m256i sum[kRows][4];
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
@@ -51,21 +59,28 @@ void kernel(const int8_t* a, int64_t a_stride, const int8_t* const* b, int64_t k
     for (int j = 0; j < 4; ++j) sum[i][j] = _mm256_setzero_si256();
   const int8_t* const rows[4] = {b[0], b[1], b[2], b[3]};
   int64_t l = 0;
-  for (; l + 16 <= k; l += 16) step<kRows>(sum, a, a_stride, rows, l, 16);
+  for (; l + 16 <= k; l += 16, next.from += next.advance) {
+    _mm_prefetch(next.from, _MM_HINT_T1);
+    step<kRows>(sum, a, a_stride, rows, l, 16);
+  }
   if (l < k) step<kRows>(sum, a, a_stride, rows, l, k - l);
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(acc + i * kTileN), reduce(sum[i][0], sum[i][1], sum[i][2], sum[i][3]));
 }
 
+// Four rows of b stay in L1 while a passes by; meanwhile what lies behind them comes from memory, spread evenly over
+// the steps: 64 bytes for each 16 codes of four rows in one pass, less where there are more passes.
 void multiply(const GemmTile& t) {
-  const int64_t k = t.p->k;
+  const int64_t k = t.p->k, passes = ceil_div(t.rows, 2), advance = 64 / passes;
+  const int64_t distance = 4 * k < kAheadBytes ? kAheadBytes : 4 * k;
   for (int64_t j = 0; j < t.cols; j += 4) {
     const int8_t* b[4];  // beyond the edge the last row is repeated; its sums are not used
     for (int64_t q = 0; q < 4; ++q) b[q] = t.p->b + (t.j0 + (j + q < t.cols ? j + q : t.cols - 1)) * k;
-    int64_t i = 0;
-    for (; i + 2 <= t.rows; i += 2) kernel<2>(t.a + (t.i0 + i) * k, k, b, k, t.acc + i * kTileN + j);
-    if (i < t.rows) kernel<1>(t.a + (t.i0 + i) * k, k, b, k, t.acc + i * kTileN + j);
+    for (int64_t i = 0; i < t.rows; i += 2) {
+      const Ahead next{b[0] + distance + i / 2 * (k / 16 * advance), advance};
+      (i + 2 <= t.rows ? kernel<2> : kernel<1>)(t.a + (t.i0 + i) * k, k, b, k, next, t.acc + i * kTileN + j);
+    }
   }
 }
 
