@@ -10,6 +10,7 @@
 #include "check.h"
 #include "common/numeric.h"
 #include "cpu/isa.h"
+#include "int8/decompose.h"
 #include "int8/gemm.h"
 #include "int8/quantize.h"
 #include "outlier/outlier.h"
@@ -30,6 +31,7 @@ struct Backend {
   decltype(&cpu::outlier_flags) outlier_flags;
   decltype(&cpu::compact_columns) compact_columns;
   decltype(&cpu::extract_columns) extract_columns;
+  decltype(&cpu::decompose) decompose;
   decltype(&cpu::int8_gemm) int8_gemm;
 
   bool simt() const { return name.starts_with("simt"); }
@@ -37,7 +39,8 @@ struct Backend {
 
 #define KERNELS_OF(machine)                                                                              \
   machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows, \
-      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::int8_gemm
+      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,    \
+      machine::int8_gemm
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -336,6 +339,40 @@ void test_outlier() {
     for (const int64_t cols : {1, 31, 64, 1000, 8192, 8193, 20011}) test_compact(cols, every);
 }
 
+// ---- decomposition: against the three kernels that it stands for ----
+
+template <class T>
+void test_decompose(Shape s) {
+  const Buffer<T> x = hard_matrix<T>(s.rows, s.cols);
+  const DType dtype = dtype_of<T>::value;
+  Buffer<uint8_t> flags(s.cols), want_flags(s.cols);
+  Buffer<int32_t> columns(s.cols), want_columns(s.cols), count(1), want_count(1);
+  Buffer<int8_t> codes(x.size()), want_codes(x.size());
+  Buffer<float> scale(s.rows), want_scale(s.rows);
+  cpu::outlier_flags({x.data(), dtype, want_flags.data(), kThreshold, s.rows, s.cols}, nullptr);
+  cpu::compact_columns({want_flags.data(), want_columns.data(), want_count.data(), s.cols}, nullptr);
+  cpu::quantize_rows({x.data(), dtype, want_codes.data(), want_scale.data(), want_flags.data(), 0.0f, s.rows, s.cols},
+                     nullptr);
+  backend->decompose({x.data(), dtype, kThreshold, flags.data(), columns.data(), count.data(), codes.data(),
+                      scale.data(), s.rows, s.cols},
+                     nullptr);
+  const std::string where = "decompose" + shape(s.rows, s.cols, dtype);
+  check_same(flags, want_flags, where + ".flags");
+  check_same(columns, want_columns, where + ".columns");
+  check_same(count, want_count, where + ".count");
+  check_same(codes, want_codes, where + ".codes");
+  check_same(scale, want_scale, where + ".scale");
+}
+
+void test_decompose() {
+  for_each_dtype([](auto type) {
+    using T = decltype(type);
+    for (const Shape s : shapes()) test_decompose<T>(s);
+    for (const Shape s : {Shape{4, 4096}, Shape{4, 4104}, Shape{1, 16384}, Shape{17, 250}, Shape{33, 40}})
+      test_decompose<T>(s);
+  });
+}
+
 // ---- GEMM ----
 
 struct GemmCase {
@@ -514,6 +551,7 @@ int main(int argc, char** argv) {
       test::unaligned = unaligned;
       test_quantize();
       test_outlier();
+      test_decompose();
       test_gemm();
     }
     std::printf("%s: %s\n", each.name.c_str(), test::failures == before ? "ok" : "FAILED");

@@ -1,8 +1,8 @@
 #include "int8/gemm.h"
 
 #include "common/op.h"
+#include "int8/decompose.h"
 #include "int8/quantize.h"
-#include "outlier/outlier.h"
 
 namespace octavo {
 namespace {
@@ -88,9 +88,8 @@ Tensor int8_gemm(const Tensor& a_, const Tensor& b_, const Tensor& a_scale_, con
   return out;
 }
 
-// Flag the outlier columns of x and list them; quantize x without them; then one product that adds them, as many as the
-// device-side count says. x is read twice, the second time from cache where it fits: leaving whole columns out of the
-// rows' absmax, not only the elements above the threshold, is what keeps the scales of the other columns small.
+// Split x into outlier columns and int8 codes, then one product that adds the outlier columns, as many as the
+// device-side count says.
 template <class B>
 Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight_scale_,
                    const std::optional<Tensor>& bias_, double threshold, const std::optional<Tensor>& slot_,
@@ -126,38 +125,36 @@ Tensor int8_linear(const Tensor& x_, const Tensor& weight_, const Tensor& weight
   const OnDeviceOf device(x);
   Tensor codes = empty({p.m, p.k}, ScalarType::Char, x), scale = empty({p.m}, ScalarType::Float, x);
   Tensor out = empty(with_last(leading_shape(x), p.n), x.scalar_type(), x);
-  Tensor flags, columns, count;
+  Tensor flags, columns, count;  // live until the last launch
   if (limit > 0.0f) {
     flags = empty({p.k}, ScalarType::Byte, x);
     columns = empty({p.k}, ScalarType::Int, x);
     count = empty({1}, ScalarType::Int, x);
-  }
-  if (limit > 0.0f) {
     p.x = x.const_data_ptr();
     p.columns = columns.const_data_ptr<int32_t>();
     p.count = count.const_data_ptr<int32_t>();
-    B::outlier_flags({.x = p.x,
+    B::decompose({.x = p.x,
+                  .dtype = p.out_dtype,
+                  .threshold = limit,
+                  .flags = flags.mutable_data_ptr<uint8_t>(),
+                  .columns = columns.mutable_data_ptr<int32_t>(),
+                  .count = count.mutable_data_ptr<int32_t>(),
+                  .codes = codes.mutable_data_ptr<int8_t>(),
+                  .scale = scale.mutable_data_ptr<float>(),
+                  .rows = p.m,
+                  .cols = p.k},
+                 device.stream());
+  } else {
+    B::quantize_rows({.x = x.const_data_ptr(),
                       .dtype = p.out_dtype,
-                      .flags = flags.mutable_data_ptr<uint8_t>(),
-                      .threshold = limit,
+                      .codes = codes.mutable_data_ptr<int8_t>(),
+                      .scale = scale.mutable_data_ptr<float>(),
+                      .skip = nullptr,
+                      .threshold = 0.0f,
                       .rows = p.m,
                       .cols = p.k},
                      device.stream());
-    B::compact_columns({.flags = flags.const_data_ptr<uint8_t>(),
-                        .columns = columns.mutable_data_ptr<int32_t>(),
-                        .count = count.mutable_data_ptr<int32_t>(),
-                        .cols = p.k},
-                       device.stream());
   }
-  B::quantize_rows({.x = x.const_data_ptr(),
-                    .dtype = p.out_dtype,
-                    .codes = codes.mutable_data_ptr<int8_t>(),
-                    .scale = scale.mutable_data_ptr<float>(),
-                    .skip = limit > 0.0f ? flags.const_data_ptr<uint8_t>() : nullptr,
-                    .threshold = 0.0f,
-                    .rows = p.m,
-                    .cols = p.k},
-                   device.stream());
   p.a = codes.const_data_ptr<int8_t>();
   p.b = weight.const_data_ptr<int8_t>();
   p.a_scale = scale.const_data_ptr<float>();
@@ -176,12 +173,11 @@ void register_ops(Library& m) {
   m.impl("int8_linear", TORCH_BOX(&int8_linear<B>));
 }
 
-#define GEMM_BACKEND(Name, ns)                                   \
-  struct Name {                                                  \
-    static constexpr auto quantize_rows = ns::quantize_rows;     \
-    static constexpr auto compact_columns = ns::compact_columns; \
-    static constexpr auto outlier_flags = ns::outlier_flags;     \
-    static constexpr auto int8_gemm = ns::int8_gemm;             \
+#define GEMM_BACKEND(Name, ns)                               \
+  struct Name {                                              \
+    static constexpr auto quantize_rows = ns::quantize_rows; \
+    static constexpr auto decompose = ns::decompose;         \
+    static constexpr auto int8_gemm = ns::int8_gemm;         \
   };
 OCTAVO_REGISTER(register_ops, GEMM_BACKEND)
 

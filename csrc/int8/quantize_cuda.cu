@@ -7,16 +7,10 @@
 #include "common/numeric.h"
 #include "common/reduce.h"
 #include "common/tile.h"
+#include "int8/pack.h"
 #include "int8/quantize.h"
 
 namespace octavo::GPU_NS {
-
-template <class T, int N>
-__device__ inline Pack<int8_t, N> encode_pack(const Pack<T, N>& x, float inverse) {
-  Pack<int8_t, N> codes;
-  UNROLL for (int e = 0; e < N; ++e) codes.at[e] = encode(to_float(x.at[e]), inverse);
-  return codes;
-}
 
 // Clears the outliers of a pack; returns the absmax of what is left.
 template <class T, int N>
@@ -25,24 +19,6 @@ __device__ inline uint32_t drop_outliers(Pack<T, N>& x, float threshold) {
     if (is_outlier(to_float(x.at[e]), threshold)) x.at[e] = T{};
   }
   return absmax_bits(x);
-}
-
-// Pack number `pack` of the row that starts at pack `start`, without the columns that p.skip names: its bytes are
-// tested all at once, since few are set.
-template <bool kSkip, int N, class T>
-__device__ inline Pack<T, N> load_kept(const QuantizeRows& p, const T* x, int64_t start, int64_t pack) {
-  auto kept = load_pack<N>(x, start + pack);
-  if constexpr (kSkip) {
-    using Bytes = std::conditional_t<N == 8, uint64_t, std::conditional_t<N == 4, uint32_t, uint8_t>>;
-    static_assert(sizeof(Bytes) == N);
-    const Bytes skip = reinterpret_cast<const Bytes*>(p.skip)[pack];
-    if (skip != 0) {
-      UNROLL for (int e = 0; e < N; ++e) {
-        if (skip >> 8 * e & 0xff) kept.at[e] = T{};
-      }
-    }
-  }
-  return kept;
 }
 
 // ---- rows ----
@@ -83,7 +59,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
     UNROLL for (int i = 0; i < kPacks; ++i) {
       at[i] = threadIdx.x + i * blockDim.x;
       if (at[i] >= resident) at[i] = resident - 1;
-      kept[i] = load_kept<kSkip, kWidth>(p, x, start, at[i]);
+      kept[i] = load_kept<kSkip, kWidth>(p.skip, x, start, at[i]);
     }
     uint32_t absmax = 0;
     UNROLL for (int i = 0; i < kPacks; ++i) {
@@ -98,7 +74,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
       }
     }
     NO_UNROLL for (int64_t pack = threadIdx.x + kPacks * blockDim.x; pack < packs; pack += blockDim.x) {
-      auto again = load_kept<kSkip, kWidth>(p, x, start, pack);
+      auto again = load_kept<kSkip, kWidth>(p.skip, x, start, pack);
       uint32_t bits = absmax_bits(again);
       if (bits >= limit) bits = drop_outliers(again, p.threshold);
       absmax = bits > absmax ? bits : absmax;
@@ -114,7 +90,7 @@ __global__ void __launch_bounds__(kRowThreads<kColumns>) quantize_rows_kernel(Qu
       if (pack < resident) store_pack(p.codes, start + pack, encode_pack(kept[i], inverse));
     }
     NO_UNROLL for (int64_t pack = threadIdx.x + kPacks * blockDim.x; pack < packs; pack += blockDim.x) {
-      auto again = load_kept<kSkip, kWidth>(p, x, start, pack);
+      auto again = load_kept<kSkip, kWidth>(p.skip, x, start, pack);
       if (absmax_bits(again) >= limit) drop_outliers(again, p.threshold);
       store_pack(p.codes, start + pack, encode_pack(again, inverse));
     }
