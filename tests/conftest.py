@@ -74,7 +74,8 @@ def simt_library() -> ctypes.CDLL:
         lock.unlink()
     csrc = ROOT / "csrc"
     families = [path.with_name(path.name.replace("_simt", "")) for path in csrc.glob("*/*_simt.cpp")]
-    sources = [csrc / "ops.cpp", *families, *csrc.glob("*/*_simt.cpp"), *csrc.glob("simt/*.cpp")]
+    operators = [path for path in families if path.exists()]  # decompose_simt.cpp, for one, has no operator of its own
+    sources = [csrc / "ops.cpp", *operators, *csrc.glob("*/*_simt.cpp"), *csrc.glob("simt/*.cpp")]
     flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-DOCTAVO_SIMT"]
     path = cpp_extension.load(
         "octavo_simt",
