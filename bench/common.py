@@ -330,6 +330,11 @@ def comparison(row: Row) -> tuple[str, ...]:
     return f"{middle:.2f} {row.versus}", f"{low:.2f}-{high:.2f}", f"{row.busy_ratio[1]:.2f}", cores
 
 
+def print_skipped(console: Console, record: Record) -> None:
+    for name, reason in record.skipped.items():
+        console.print(f"skipped: {name}: {reason}", markup=False)  # a reason may name an extra: octavo[hf]
+
+
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """One case's rows as a table."""
     table = Table(title=rows[0].case, title_justify="left")

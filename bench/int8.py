@@ -309,8 +309,7 @@ def run(
         torch.set_num_threads(before)
     record.memory = memory.measure_all(device)
     memory.print_table(console, record.memory)
-    for name, reason in record.skipped.items():
-        console.print(f"skipped: {name}: {reason}")
+    common.print_skipped(console, record)
     if out is not None:
         console.print(f"wrote {record.write(out)} and {plot.speed(record, out)}")
     return record

@@ -144,8 +144,9 @@ def measure(threads: int, device: str = "cpu") -> Limits:
 
 def print_limits(console: Console, limits: Limits) -> None:
     compute = [f"{kind} {rate / 1e12:.3f} TOP/s" for kind, rate in (limits.peaks | limits.lower_levels).items()]
+    threads = "1 thread" if limits.threads == 1 else f"{limits.threads or 'all'} threads"
     console.print(
-        f"limits of {limits.level}, {limits.threads or 'all'} threads: read {limits.read / 1e9:.1f} GB/s "
+        f"limits of {limits.level}, {threads}: read {limits.read / 1e9:.1f} GB/s "
         f"(median {limits.read_median / 1e9:.1f}), {', '.join(compute)}"
     )
     for reason in limits.missing:

@@ -234,9 +234,9 @@ def bench(
 
 def print_rows(console: Console, rows: Sequence[ModelRow]) -> None:
     table = Table(title=rows[0].case, title_justify="left")
-    table.add_column("contender")
+    table.add_column("contender", overflow="fold")
     for heading in ("tokens/s", "best", "weights, MB", "of limit", "logits", *common.COMPARISON):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for row in rows:
         table.add_row(
             row.method,
@@ -280,8 +280,9 @@ def run(
         finally:
             torch.set_num_threads(before)
         del subject, networks  # before the next is built
-    for name, reason in record.skipped.items():
-        console.print(f"skipped: {name}: {reason}")
+    if not record.rows:
+        raise ValueError("nothing was measured: " + "; ".join(f"{name}: {why}" for name, why in record.skipped.items()))
+    common.print_skipped(console, record)
     if out is not None:
         console.print(f"wrote {record.write(out)}")
     return record

@@ -1,5 +1,6 @@
 // Every kernel of the contracts on every machine at hand, against plain loops over the definitions of common/numeric.h:
-// equal bits. `kernels_test [PREFIX]` runs the backends whose name starts with PREFIX: cpu-avx2, simt-reverse, ...
+// equal bits. `kernels_test [PREFIX [N]]` runs the backends whose name starts with PREFIX (cpu-avx2, simt-reverse,
+// ...), and with N one in N of the many products.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -454,10 +455,12 @@ void run_gemm(const GemmCase& c) {
       if constexpr (std::is_same_v<T, int32_t>) {
         want[i * c.n + j] = static_cast<int32_t>(acc);
       } else {
-        float v = scale_row(static_cast<int32_t>(acc), a_scale[c.one_a_scale ? 0 : i]);
+        const float row = a_scale[c.one_a_scale ? 0 : i];
+        float v = scale_row(static_cast<int32_t>(acc), c.outliers >= 0 ? row : 1.0f);
         for (const bool kept : {false, true}) {
           if (kept)
-            v = scale_column(v, b_scale[c.one_b_scale ? 0 : j], c.bias ? load_float(bias.data(), c.other, j) : 0.0f);
+            v = scale_column(v, (c.outliers >= 0 ? 1.0f : row) * b_scale[c.one_b_scale ? 0 : j],
+                             c.bias ? load_float(bias.data(), c.other, j) : 0.0f);
           for (int32_t e = 0; c.outliers >= 0 && e < listed.count[0]; ++e) {
             const int32_t column = listed.columns[e];
             if ((c.kept && slot[column] >= 0 && slot[column] < slots) != kept) continue;
@@ -496,7 +499,8 @@ void test_gemm_edges() {
         test_gemm_case({.m = rows, .n = cols, .k = depth, .out = out, .bias = true, .outliers = 9, .other = out});
       }
     }
-  for (int64_t k = 1; k <= 65; ++k) test_gemm_case({.m = 19, .n = 18, .k = k, .out = DType::i32});
+  for (int64_t k = 0; k <= 65; ++k) test_gemm_case({.m = 19, .n = 18, .k = k, .out = DType::i32});
+  for (const int64_t m : {1, 20, 70}) test_gemm_case({.m = m, .n = 70, .k = 0, .bias = true, .outliers = 0});
   for (int64_t m = 1; m <= 17; ++m)
     test_gemm_case(
         {.m = m, .n = 35, .k = 208, .out = dtypes[m % 3], .bias = true, .outliers = 30, .other = DType::f16});

@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "common/launch.h"
+#include "common/numeric.h"
 #include "ptx.cu"
 #include "simt/order.h"
 

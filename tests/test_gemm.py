@@ -60,6 +60,20 @@ def test_int8_gemm(ops: Ops, shape: Shape, with_bias: bool, dtype: torch.dtype, 
     assert_close(actual, expected, magnitude, terms=4)
 
 
+def test_scales_of_any_size(ops: Ops):
+    """Only the product of the scales must be in range."""
+    a, b = torch.full((2, 256), 127, dtype=torch.int8), torch.full((3, 256), 127, dtype=torch.int8)
+    a_scale, b_scale = torch.tensor([1e33, 1e-30]), torch.tensor([1e-33, 1e-20, 1.0])
+    out = ops.int8_gemm(a, b, a_scale, b_scale, None, torch.float32)
+    expected = reference.int8_gemm(a, b, a_scale, b_scale)
+    assert_close(out[0, :2], expected[0, :2], expected[0, :2].abs(), terms=4)
+    assert_close(out[1, 1:], expected[1, 1:], expected[1, 1:].abs(), terms=4)
+    for value, threshold in ((3e37, 0.0), (3e33, 6.0)):  # an outlier's products with int8 codes must be in range
+        out = ops.int8_linear(torch.full((1, 256), value), b, torch.full((3,), 1e-6), None, threshold)
+        expected = torch.full_like(out, value * 127 * 256 * 1e-6).double()
+        assert_close(out, expected, expected, terms=260)
+
+
 def test_one_scale_for_all(ops: Ops, generator: torch.Generator):
     a, b = codes(5, 70, generator=generator), codes(6, 70, generator=generator)
     rows, cols, one = torch.rand(5, generator=generator), torch.rand(6, generator=generator), torch.tensor(0.25)

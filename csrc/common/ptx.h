@@ -1,8 +1,8 @@
 #pragma once
 // Every inline-assembly instruction octavo uses, one named helper each: asm for the device, the same meaning on the
 // host SIMT machine. __dp4a, votes and shuffles are CUDA intrinsics already.
+#include "common/dtype.h"
 #include "common/launch.h"
-#include "common/numeric.h"
 #ifndef __CUDACC__
 #include "simt/async_copy.h"
 #include "simt/tensor_core.h"
@@ -74,26 +74,11 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* r
 #endif
 }
 
-#ifndef __CUDACC__
-namespace {
-struct Int8Words {
-  static void add(int32_t& sum, uint32_t a, uint32_t b) { sum = __dp4a(static_cast<int>(a), static_cast<int>(b), sum); }
-};
-template <class T>
-struct FloatWords {
-  static void add(float& sum, uint32_t a, uint32_t b) {
-    for (const int shift : {0, 16})
-      sum = fmaf(to_float(T{static_cast<uint16_t>(a >> shift)}), to_float(T{static_cast<uint16_t>(b >> shift)}), sum);
-  }
-};
-}  // namespace
-#endif
-
 // d[16, 8] += a[16, 32] b[32, 8] in int8, exact in int32. a[i]: row g + 8 (i & 1), bytes 4 t + 16 (i >> 1) ...;
 // b[i]: column g, bytes 4 t + 16 i ...; d[i]: row g + 8 (i >> 1), column 2 t + (i & 1).
 __device__ __forceinline__ void mma_int8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if !defined(__CUDACC__)
-  simt_machine::multiply_fragments<Int8Words>(d, a, b, simt_machine::Where::current());
+  simt_machine::multiply_int8(d, a, b, simt_machine::Where::current());
 #elif __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
@@ -121,7 +106,7 @@ constexpr bool kMma16Bit<BFloat16> = true;
 template <class T>
 __device__ __forceinline__ void mma_16bit(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if !defined(__CUDACC__)
-  simt_machine::multiply_fragments<FloatWords<T>>(d, a, b, simt_machine::Where::current());
+  simt_machine::multiply_16bit(dtype_of<T>::value, d, a, b, simt_machine::Where::current());
 #elif __CUDA_ARCH__ >= 800
 #define OCTAVO_MMA(type)                                                     \
   asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \

@@ -12,7 +12,9 @@ namespace octavo::GPU_NS {
 
 // Up to here one block is faster than the launches that it saves: at some 33 instructions for an element, of which a
 // multiprocessor issues 128 a clock, 16384 elements take about 4000 clocks, three launches and a fill twice that.
+// A thread walks down the rows of its columns, so there must be few.
 constexpr int64_t kSmallDecompose = 1 << 14;  // elements of x
+constexpr int64_t kFewRows = 16;
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kCompactThreads) decompose_kernel(Decompose p) {
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kCompactThreads) decompose_kernel(Decompose p)
 }
 
 void decompose(const Decompose& p, Stream stream) {
-  if (p.cols > 0 && p.cols <= kSmallDecompose && p.rows * p.cols <= kSmallDecompose) {
+  if (p.cols > 0 && p.cols <= kSmallDecompose && p.rows <= kFewRows && p.rows * p.cols <= kSmallDecompose) {
     return dispatch_float(p.dtype, [&](auto element) {
       using T = decltype(element);
       constexpr int kVector = kVectorWidth<T>;

@@ -4,12 +4,14 @@
 namespace octavo {
 
 // out[i, j] = v, computed in fp32 in this order (numeric.h):
-//   v = scale_row(sum_k a[i, k] * b[j, k], a_scale[i])
+//   v = scale_row(sum_k a[i, k] * b[j, k], first)
 //   v = fmaf(x[i, c], float(b[j, c]), v)                        for each outlier column c whose weights were not kept
-//   v = scale_column(v, b_scale[j], bias[j])
+//   v = scale_column(v, last * b_scale[j], bias[j])
 //   v = fmaf(x[i, c], outlier_weight[outlier_slot[c], j], v)    for each c with 0 <= outlier_slot[c] < outlier_slots
-// or, with out_dtype i32, the integer sum itself, which is exact for k <= kMaxK; the op checks that. One accumulator
-// carries everything, so that outlier columns cost no registers.
+// where first, last are a_scale[i], 1 with x, and 1, a_scale[i] without: then scales of any size will do whose product
+// is in range. With x they are small, since what reaches the threshold is in the outlier columns. Or, with out_dtype
+// i32, the integer sum itself, which is exact for k <= kMaxK; the op checks that. One accumulator carries everything,
+// so that outlier columns cost no registers.
 //
 // The outlier columns (x not null) are columns[0 .. *count), ascending; the caller has set a[:, c] to 0 for them.
 // Tensor cores add the products of 16-bit x and weights in groups: equal to these chains up to fp32 rounding.

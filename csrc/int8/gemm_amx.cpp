@@ -146,6 +146,7 @@ void multiply(const GemmTile& t) {
   const int8_t* next = p.b + (t.j0 + t.cols) * p.k;
   const int64_t passes_a_tile = ceil_div(p.m < kTileM ? p.m : kTileM, 32) * ceil_div(t.cols, 32);
   const int64_t passes = ceil_div(p.m, kTileM) * passes_a_tile;
+  if (steps == 0) __builtin_memset(t.acc, 0, t.rows * kTileN * sizeof(int32_t));
   amx_begin();
   for (int64_t begin = 0; begin < steps; begin += kBlockSteps) {
     const int64_t end = steps - begin < kBlockSteps ? steps : begin + kBlockSteps;

@@ -230,21 +230,26 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
     float v[kOwned][kFragsN][4];
     UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
       const int64_t row = m0 + row0 + i * 16 + half * 8;
-      const float a_scale = row < p.m ? p.a_scale[row * p.a_scale_stride] : 0.0f;
+      const float first = p.x == nullptr ? 1.0f : row < p.m ? p.a_scale[row * p.a_scale_stride] : 0.0f;
       UNROLL for (int j = 0; j < kFragsN; ++j) UNROLL for (int e = half * 2; e < half * 2 + 2; ++e) v[i][j][e] =
-          scale_row(acc[i][j][e], a_scale);
+          scale_row(acc[i][j][e], first);
     }
 
     NO_UNROLL for (int pass = 0; pass < 2; ++pass) {
       const bool kept = pass == 1;
       if (kept) {
+        float last[kOwned][2];
+        UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
+          const int64_t row = m0 + row0 + i * 16 + half * 8;
+          last[i][half] = p.x != nullptr ? 1.0f : row < p.m ? p.a_scale[row * p.a_scale_stride] : 0.0f;
+        }
         UNROLL for (int group = 0; group < kFragsN / 4; ++group) UNROLL for (int e = 0; e < 8; ++e) {
           const int64_t column = n0 + column0 + group * 32 + e;
           const float b_scale = column < p.n ? p.b_scale[column * p.b_scale_stride] : 0.0f;
           const float bias = column < p.n ? column_bias(p, column) : 0.0f;
           UNROLL for (int i = 0; i < kOwned; ++i) UNROLL for (int half = 0; half < 2; ++half) {
             float& sum = v[i][group * 4 + e / 2][half * 2 + e % 2];
-            sum = scale_column(sum, b_scale, bias);
+            sum = scale_column(sum, last[i][half] * b_scale, bias);
           }
         }
       }
@@ -416,10 +421,14 @@ __global__ void __launch_bounds__(kFewWarps * 32, 2) int8_gemm_few_rows_kernel(I
   } else {
     SHARED(float, x_tile, [kOutlierStep][kFewRows + 1]);
     SHARED(float, w_tile, [kOutlierStep][kFewColumns + 1]);
-    float v = inside ? scale_row(sum, p.a_scale[row * p.a_scale_stride]) : 0.0f;
+    const float a_scale = inside ? p.a_scale[row * p.a_scale_stride] : 0.0f;
+    float v = scale_row(sum, p.x != nullptr ? a_scale : 1.0f);
     NO_UNROLL for (int pass = 0; pass < 2; ++pass) {
       const bool kept = pass == 1;
-      if (kept && inside) v = scale_column(v, p.b_scale[j * p.b_scale_stride], column_bias(p, j));
+      if (kept && inside) {
+        const float last = p.x != nullptr ? 1.0f : a_scale;
+        v = scale_column(v, last * p.b_scale[j * p.b_scale_stride], column_bias(p, j));
+      }
       if (p.x == nullptr || (kept && p.outlier_slot == nullptr)) continue;
       const Out* x = static_cast<const Out*>(p.x);
       const int32_t count = *p.count;

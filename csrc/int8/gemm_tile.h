@@ -50,11 +50,13 @@ template <class V>
 struct GemmEpilogue {
   using F = typename V::F;
 
+  static float a_scale(const GemmTile& t, int64_t i) { return t.p->a_scale[(t.i0 + i) * t.p->a_scale_stride]; }
+
   static void scale_rows(const GemmTile& t) {
     for (int64_t i = 0; i < t.rows; ++i) {
-      const F a_scale = V::set(t.p->a_scale[(t.i0 + i) * t.p->a_scale_stride]);
+      const F first = V::set(t.p->x ? a_scale(t, i) : 1.0f);
       for (int64_t j = i * kTileN; j < (i + 1) * kTileN; j += V::kWidth)
-        V::store(t.sum + j, V::mul(V::load(t.acc + j), a_scale));
+        V::store(t.sum + j, V::mul(V::load(t.acc + j), first));
     }
   }
 
@@ -81,7 +83,8 @@ struct GemmEpilogue {
       const F add = bias ? V::load(bias + j) : V::set(0.0f);
       for (int64_t i = 0; i < t.rows; ++i) {
         float* sum = t.sum + i * kTileN + j;
-        V::store(sum, V::fma(V::load(sum), b_scale, add));
+        const F last = V::set(t.p->x ? 1.0f : a_scale(t, i));
+        V::store(sum, V::fma(V::load(sum), V::mul(last, b_scale), add));
       }
     }
   }

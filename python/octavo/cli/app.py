@@ -219,7 +219,7 @@ def bench(
     family: Annotated[
         str | None, typer.Argument(show_default="all", help="int8 (operators) or model (language models).")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes, models, rounds: minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One layer, one small model: a minute or two.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", show_default="print only", help="Write JSON there, and for int8 a PNG plot."),
@@ -231,6 +231,8 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Time operators and models beside PyTorch and other libraries, under this machine's measured limits.
+
+    Without --quick, model also builds a random Llama of 1.1 billion parameters: 8 GB of memory, a quarter of an hour.
 
     ```sh
     octavo bench int8 --quick
