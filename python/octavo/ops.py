@@ -278,7 +278,8 @@ def int8_linear(
           + x[:, O] @ (weight[:, O] * weight_scale[:, None]).T + bias
 
     The outlier part is accumulated in fp32, in the same kernel as the int8 part, which reads the number of outlier
-    columns on the device: no host synchronisation and no shape that depends on the data.
+    columns on the device: no host synchronisation and no shape that depends on the data. Products of outliers with int8
+    codes are added before `weight_scale` enters: in range for |x| up to about 1e33.
 
     Args:
         x: [..., k], fp32, fp16 or bf16; k at most 131071.
