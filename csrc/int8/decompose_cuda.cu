@@ -10,9 +10,9 @@
 
 namespace octavo::GPU_NS {
 
-// Up to here one block is faster than the launches that it saves: at some 33 instructions for an element, of which a
-// multiprocessor issues 128 a clock, 16384 elements take about 4000 clocks, three launches and a fill twice that.
-// A thread walks down the rows of its columns, so there must be few.
+// Up to here one block should be faster than the launches that it saves (an estimate): at some 33 instructions for an
+// element, of which a multiprocessor issues 128 a clock, 16384 elements take about 4000 clocks, three launches and a
+// fill about twice that. A thread walks down the rows of its columns, so there must be few.
 constexpr int64_t kSmallDecompose = 1 << 14;  // elements of x
 constexpr int64_t kFewRows = 16;
 

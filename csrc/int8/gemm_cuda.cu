@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
   const unsigned down = static_cast<unsigned>(ceil_div(p.m, Tile::kM));
   const int64_t m0 = static_cast<int64_t>(blockIdx.x % down) * Tile::kM;
   const int64_t n0 = static_cast<int64_t>(blockIdx.x / down) * Tile::kN;
-  const int thread = threadIdx.x % Tile::kThreads, lane = thread % 32, warp = thread / 32;  // a range for nvcc
+  const int thread = threadIdx.x % Tile::kThreads, lane = thread % 32, warp = thread / 32;  // % tells nvcc the range
   const int split = warp % Tile::kSplit, warp_m = warp / Tile::kSplit % Tile::kWarpsM,
             warp_n = warp / Tile::kSplit / Tile::kWarpsM;
   const int k = static_cast<int>(p.k);  // at most kMaxK
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) int8_gemm_tile_kernel(Int8G
     }
   }
 
-  // Of the outputs that a thread has, f(value, local row, local column), in fours of neighbouring fragments.
+  // Eight neighbouring columns of a row: four fragments make them (slot_of).
   Out* out = static_cast<Out*>(p.out);
   const bool packs = p.n % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
   const auto store = [&](const Out(&values)[8], int64_t row, int64_t column) {
@@ -470,8 +470,9 @@ void launch_gemm(const Int8Gemm& p, Stream stream) {
     return;
   }
   if (!vector) return launch_tiles<Out, SmallTile, false>(p, stream);
+  const int available = multiprocessors();
   const auto enough = [&](int64_t tile_m, int64_t tile_n) {
-    return ceil_div(p.m, tile_m) * ceil_div(p.n, tile_n) >= multiprocessors();
+    return ceil_div(p.m, tile_m) * ceil_div(p.n, tile_n) >= available;
   };
   if (p.m > SkinnyTile::kM && enough(LargeTile::kM, LargeTile::kN))
     return launch_tiles<Out, LargeTile, true>(p, stream);
