@@ -109,6 +109,87 @@ struct Vec {
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F with_sign_of(F v, F sign) { return _mm256_or_ps(v, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+  static F sign(F v) {  // 0 for 0
+    return with_sign_of(_mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_OQ), set(1.0f)), v);
+  }
+
+  using M = __m256;  // all bits of a lane
+  static M finite(F v) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), abs_bits(v))); }
+  static M positive(F v) { return _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ); }
+  static M both(M a, M b) { return _mm256_and_ps(a, b); }
+  static M lanes_below(int n) { return _mm256_castsi256_ps(lanes(n)); }
+  static F select(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }
+  static int count(M mask) { return __builtin_popcount(lane_bits(mask)); }
+
+  static U set_bits(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+  static U bits(F v) { return _mm256_castps_si256(v); }
+  static F from_bits(U v) { return _mm256_castsi256_ps(v); }
+  static U add_bits(U a, U b) { return _mm256_add_epi32(a, b); }
+  static U mul_bits(U a, U b) { return _mm256_mullo_epi32(a, b); }
+  static U and_bits(U a, U b) { return _mm256_and_si256(a, b); }
+  static U xor_bits(U a, U b) { return _mm256_xor_si256(a, b); }
+  template <int n>
+  static U shift_right(U v) {
+    return _mm256_srli_epi32(v, n);
+  }
+  static U lane_ids() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+  static U load_codes(const uint8_t* p, int n = kWidth) {
+    uint64_t bytes = 0;
+    __builtin_memcpy(&bytes, p, n);
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+  }
+  static void store_codes(uint8_t* p, U codes, int n = kWidth) {
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    const uint64_t bytes = static_cast<uint64_t>(_mm_cvtsi128_si64(_mm_packus_epi16(words, words)));
+    __builtin_memcpy(p, &bytes, n);
+  }
+  static void store_high_halves(BFloat16* p, U v, int n = kWidth) {
+    const __m256i high = _mm256_srli_epi32(v, 16);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    __builtin_memcpy(p, &packed, n * sizeof(BFloat16));
+  }
+  static double sum_of_squares(F v) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    const __m256d sum = _mm256_fmadd_pd(high, high, _mm256_mul_pd(low, low));
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
+    return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
+  }
+
+  // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
+  using Table8 = __m256;
+  static Table8 table8(const float* p) { return _mm256_loadu_ps(p); }
+  static F lookup(Table8 table, U index) { return _mm256_permutevar8x32_ps(table, index); }
+  struct Table32 {
+    __m256 part[4];
+  };
+  static Table32 table32(const uint32_t* p) {
+    const float* f = reinterpret_cast<const float*>(p);
+    return {{_mm256_loadu_ps(f), _mm256_loadu_ps(f + 8), _mm256_loadu_ps(f + 16), _mm256_loadu_ps(f + 24)}};
+  }
+  static U lookup(const Table32& table, U index) {
+    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)),
+                 bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 27));
+    const __m256 low = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.part[0], index),
+                                        _mm256_permutevar8x32_ps(table.part[1], index), bit3);
+    const __m256 high = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.part[2], index),
+                                         _mm256_permutevar8x32_ps(table.part[3], index), bit3);
+    return _mm256_castps_si256(_mm256_blendv_ps(low, high, bit4));
+  }
+  static U rotate_left_1(U v) { return _mm256_or_si256(_mm256_slli_epi32(v, 1), _mm256_srli_epi32(v, 31)); }
+  static U shift_right_by(U v, U n) { return _mm256_srlv_epi32(v, n); }
+  static F to_float(U v) { return _mm256_cvtepi32_ps(v); }
+  static F round(F v) { return _mm256_round_ps(v, 0x08); }    // half to even
+  static U to_integer(F v) { return _mm256_cvtps_epi32(v); }  // half to even
+  static F abs(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+  static M at_least(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
+  static uint32_t lane_bits(M mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
 };
 
 }  // namespace

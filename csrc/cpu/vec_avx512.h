@@ -57,6 +57,71 @@ struct Vec {
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F with_sign_of(F v, F sign) {  // v | (sign & 0x80000000)
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v), _mm512_castps_si512(sign),
+                                                         _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xf8));
+  }
+  static F sign(F v) {  // 0 for 0
+    return with_sign_of(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ), set(1.0f)), v);
+  }
+
+  using M = __mmask16;
+  static M finite(F v) { return _mm512_cmplt_epu32_mask(abs_bits(v), _mm512_set1_epi32(0x7f800000)); }
+  static M positive(F v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ); }
+  static M both(M a, M b) { return static_cast<M>(a & b); }
+  static M lanes_below(int n) { return lanes(n); }
+  static F select(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }
+  static int count(M mask) { return __builtin_popcount(mask); }
+
+  static U set_bits(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
+  static U bits(F v) { return _mm512_castps_si512(v); }
+  static F from_bits(U v) { return _mm512_castsi512_ps(v); }
+  static U add_bits(U a, U b) { return _mm512_add_epi32(a, b); }
+  static U mul_bits(U a, U b) { return _mm512_mullo_epi32(a, b); }
+  static U and_bits(U a, U b) { return _mm512_and_si512(a, b); }
+  static U xor_bits(U a, U b) { return _mm512_xor_si512(a, b); }
+  template <int n>
+  static U shift_right(U v) {
+    return _mm512_srli_epi32(v, n);
+  }
+  static U lane_ids() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+  static U load_codes(const uint8_t* p, int n = kWidth) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(n), p));
+  }
+  static void store_codes(uint8_t* p, U codes, int n = kWidth) {
+    _mm_mask_storeu_epi8(p, lanes(n), _mm512_cvtepi32_epi8(codes));
+  }
+  static void store_high_halves(BFloat16* p, U v, int n = kWidth) {
+    _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+  }
+  static double sum_of_squares(F v) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    return _mm512_reduce_add_pd(_mm512_fmadd_pd(high, high, _mm512_mul_pd(low, low)));
+  }
+
+  // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
+  using Table8 = __m512;
+  static Table8 table8(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+  static F lookup(Table8 table, U index) { return _mm512_permutexvar_ps(index, table); }
+  struct Table32 {
+    __m512i low, high;
+  };
+  static Table32 table32(const uint32_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16)}; }
+  static U lookup(const Table32& table, U index) { return _mm512_permutex2var_epi32(table.low, index, table.high); }
+  static U rotate_left_1(U v) { return _mm512_rol_epi32(v, 1); }
+  static U shift_right_by(U v, U n) { return _mm512_srlv_epi32(v, n); }
+  static F to_float(U v) { return _mm512_cvtepi32_ps(v); }
+  static F round(F v) { return _mm512_roundscale_ps(v, 0x08); }  // half to even
+  static U to_integer(F v) { return _mm512_cvtps_epi32(v); }     // half to even
+  static F abs(F v) { return _mm512_abs_ps(v); }
+  static M at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static uint32_t lane_bits(M mask) { return mask; }
 };
 
 }  // namespace

@@ -35,6 +35,38 @@ struct Vec {
   static F mul(F a, F b) { return a * b; }
   static F add(F a, F b) { return a + b; }
   static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
+  static F sub(F a, F b) { return a - b; }
+  static F div(F a, F b) { return a / b; }
+  static F sqrt(F a) { return std::sqrt(a); }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F with_sign_of(F v, F sign) { return bits_float(float_bits(v) | (float_bits(sign) & 0x80000000u)); }  // v >= 0
+  static F sign(F v) { return static_cast<F>(v > 0.0f) - static_cast<F>(v < 0.0f); }  // 0 for 0
+
+  using M = bool;  // a lane mask
+  static M finite(F v) { return octavo::abs_bits(v) < 0x7f800000u; }
+  static M positive(F v) { return v > 0.0f; }
+  static M both(M a, M b) { return a && b; }
+  static M lanes_below(int n) { return n > 0; }
+  static F select(M mask, F yes, F no) { return mask ? yes : no; }
+  static int count(M mask) { return mask; }
+
+  static U set_bits(uint32_t v) { return v; }
+  static U bits(F v) { return float_bits(v); }
+  static F from_bits(U v) { return bits_float(v); }
+  static U add_bits(U a, U b) { return a + b; }
+  static U mul_bits(U a, U b) { return a * b; }
+  static U and_bits(U a, U b) { return a & b; }
+  static U xor_bits(U a, U b) { return a ^ b; }
+  template <int n>
+  static U shift_right(U v) {
+    return v >> n;
+  }
+  static U lane_ids() { return 0; }
+  static U load_codes(const uint8_t* p, int = kWidth) { return *p; }
+  static void store_codes(uint8_t* p, U codes, int = kWidth) { *p = static_cast<uint8_t>(codes); }
+  static void store_high_halves(BFloat16* p, U v, int = kWidth) { p->bits = static_cast<uint16_t>(v >> 16); }
+  static double sum_of_squares(F v) { return static_cast<double>(v) * static_cast<double>(v); }
 };
 
 }  // namespace

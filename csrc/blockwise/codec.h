@@ -1,0 +1,85 @@
+#pragma once
+// Codes of the dynamic maps to values and back over a vector type V (cpu/vec_*.h): the arithmetic of common/codebook.h,
+// with its tables in registers. ISA files only, after the target pragma: everything has internal linkage.
+#include "common/codebook.h"
+#include "common/numeric.h"
+
+namespace octavo::cpu {
+namespace {
+
+constexpr const DynamicMap& dynamic_map(bool is_signed) {
+  return is_signed ? kSignedMap : kUnsignedMap;
+}
+
+// One lane needs no arithmetic: a table to decode, a search to encode.
+template <class V, bool kSigned, bool kOneLane = V::kWidth == 1>
+struct Codec {
+  typename V::F decode(typename V::U code) const { return dynamic_map(kSigned).value[code]; }
+  // v: finite. kPositiveFromOne: what is above 0 gets at least code 1 (unsigned map).
+  template <bool kPositiveFromOne = false>
+  typename V::U encode(typename V::F v) const {
+    const uint32_t code = nearest_code(v, dynamic_map(kSigned).threshold);
+    return kPositiveFromOne && code == 0 && v > 0 ? 1 : code;
+  }
+};
+
+template <class V, bool kSigned>
+struct Codec<V, kSigned, false> {
+  using F = typename V::F;
+  using U = typename V::U;
+  static constexpr const DynamicMap& kMap = dynamic_map(kSigned);
+
+  typename V::Table8 step = V::table8(kMap.step), base = V::table8(kMap.base);
+  typename V::Table32 correction = V::table32(kMap.correction), region = V::table32(kMap.region);
+  typename V::Table8 slope = V::table8(kMap.slope), offset = V::table8(kMap.offset), last = V::table8(kMap.last);
+
+  Codec() {}  // not implicit: that one would be made before the target pragma's functions may be used
+
+  F decode(U code) const {
+    const U whole = kSigned ? V::add_bits(V::add_bits(code, code), V::set_bits(static_cast<uint32_t>(-254)))
+                            : V::add_bits(code, V::set_bits(1));
+    const F x = V::to_float(whole), a = kSigned ? V::abs(x) : x;
+    const U d = V::template shift_right<23>(V::bits(a));
+    const U rough = V::bits(V::fma(a, V::lookup(step, d), V::lookup(base, d)));
+    const U packed = V::lookup(correction, V::template shift_right<3>(code));
+    const U at = V::and_bits(V::add_bits(V::add_bits(code, code), V::add_bits(code, code)), V::set_bits(28));
+    const U units = V::and_bits(V::shift_right_by(packed, at), V::set_bits(15));
+    const U exact = V::add_bits(rough, V::add_bits(units, V::set_bits(0u - kCorrectionZero)));
+    return kSigned ? V::with_sign_of(V::from_bits(exact), x) : V::from_bits(exact);
+  }
+
+  template <bool kPositiveFromOne = false>
+  U encode(F v) const {
+    v = V::max(v, V::set(kMap.value[0]));
+    const U rotated = V::max_bits(kSigned ? V::rotate_left_1(V::bits(v)) : V::add_bits(V::bits(v), V::bits(v)),
+                                  V::set_bits(kLowestRotated));
+    const U where = V::lookup(region, V::template shift_right<24>(rotated));
+    const U d = V::template shift_right<24>(V::add_bits(rotated, where));
+    const F a = kSigned ? V::abs(v) : v;
+    const F exact = V::min(V::fma(a, V::lookup(slope, d), V::lookup(offset, d)), V::lookup(last, d));
+    F level = V::round(exact);
+    const uint32_t doubtful = V::lane_bits(V::at_least(V::abs(V::sub(exact, level)), V::set(0.5f - kDoubt)));
+    if constexpr (kPositiveFromOne) level = V::select(V::positive(v), V::max(level, V::set(1.0f)), level);
+    U code = kSigned ? V::add_bits(V::to_integer(V::with_sign_of(level, v)), V::set_bits(127)) : V::to_integer(level);
+    if (__builtin_expect(doubtful != 0, 0)) code = search<kPositiveFromOne>(v, code, doubtful);
+    return code;
+  }
+
+ private:
+  template <bool kPositiveFromOne>
+  __attribute__((noinline)) static U search(F v, U code, uint32_t doubtful) {
+    float values[V::kWidth];
+    uint32_t codes[V::kWidth];
+    V::store(values, v);
+    V::store_bits(codes, code);
+    for (; doubtful; doubtful &= doubtful - 1) {
+      const int lane = __builtin_ctz(doubtful);
+      const uint32_t found = nearest_code(values[lane], kMap.threshold);
+      codes[lane] = kPositiveFromOne && found == 0 && values[lane] > 0 ? 1 : found;
+    }
+    return V::load_bits(codes);
+  }
+};
+
+}  // namespace
+}  // namespace octavo::cpu

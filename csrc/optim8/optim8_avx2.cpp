@@ -1,0 +1,16 @@
+#include "cpu/isa.h"
+#if OCTAVO_MAX_ISA >= 1
+#include <immintrin.h>
+
+#include "common/codebook.h"
+#include "common/numeric.h"
+#include "optim8/optim8.h"
+#pragma GCC target("avx2,fma,f16c")  // last include of shared code above; never popped
+#define OCTAVO_ISA_LOOPS
+#include "cpu/vec_avx2.h"
+#include "optim8/optim8_loops.h"
+
+namespace octavo::cpu::avx2 {
+constexpr OptimLoops optim_loops = StepLoops<Vec>::table;
+}  // namespace octavo::cpu::avx2
+#endif

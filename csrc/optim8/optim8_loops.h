@@ -1,0 +1,305 @@
+#pragma once
+// An optimizer's step over a vector type V (cpu/vec_*.h), once per ISA level. Serial over the blocks of one tensor.
+//
+// A block of 256 elements goes through once: states are decoded, the rule applied and the parameter written in one
+// loop, the new states wait in 3 KiB on the stack for their absmax, and are then encoded. Nothing larger is ever in
+// fp32.
+#include "optim8/optim8.h"
+
+namespace octavo::cpu {
+
+struct OptimLoops {
+  // Blocks [begin, end) of tensor t; returns how many elements were left alone.
+  int64_t (*step)(const OptimStep&, const OptimTensor& t, const Factors&, int64_t begin, int64_t end);
+  // Adds the sums of squares of LAMB and LARS over these blocks to norms[2].
+  void (*norms)(const OptimStep&, const OptimTensor& t, const Factors&, int64_t begin, int64_t end, double* norms);
+};
+
+namespace portable {
+extern const OptimLoops optim_loops;
+}
+namespace avx2 {
+extern const OptimLoops optim_loops;
+}
+namespace avx512 {
+extern const OptimLoops optim_loops;
+}
+
+}  // namespace octavo::cpu
+
+// ISA files only, after the target pragma.
+#ifdef OCTAVO_ISA_LOOPS
+#include "blockwise/codec.h"
+#include "optim8/rules.h"
+
+namespace octavo::cpu {
+namespace {
+
+// Where a block lies in its tensor.
+struct BlockPlace {
+  int64_t first;  // element
+  int count;      // of elements
+  BlockPlace(const OptimTensor& t, int64_t block) {
+    const int64_t row = block / t.row_blocks, from = (block - row * t.row_blocks) * kOptimBlock;
+    first = row * t.row + from;
+    count = static_cast<int>(t.row - from < kOptimBlock ? t.row - from : kOptimBlock);
+  }
+};
+
+template <class V>
+struct StepLoops {
+  using F = typename V::F;
+  using U = typename V::U;
+
+  template <class T>
+  static void load_block(const T* from, int count, float* to) {
+    for (int j = 0; j < count; j += V::kWidth) {
+      const int n = count - j < V::kWidth ? count - j : V::kWidth;
+      V::store(to + j, V::load(from + j, n));  // the buffers have room for a whole last vector
+    }
+  }
+
+  // 16-bit parameters, in fp32 for the time of a block, with what Kahan's compensation keeps.
+  template <class T>
+  static void load_param(const T* p, const T* compensation, int count, float* to) {
+    load_block(p, count, to);
+    if (!compensation) return;
+    for (int j = 0; j < count; j += V::kWidth) {
+      const int n = count - j < V::kWidth ? count - j : V::kWidth;
+      V::store(to + j, V::add(V::load(to + j), V::load(compensation + j, n)));
+    }
+  }
+
+  template <class T>
+  static void store_param(const float* from, int count, T* p, T* compensation, bool stochastic, uint32_t key) {
+    for (int j = 0; j < count; j += V::kWidth) {
+      const int n = count - j < V::kWidth ? count - j : V::kWidth;
+      const F v = V::load(from + j);
+      if constexpr (dtype_of<T>::value == DType::bf16) {
+        if (stochastic) {
+          store_at_random(v, n, p + j, key + static_cast<uint32_t>(j));
+          continue;
+        }
+      }
+      V::store(p + j, v, n);
+      if (compensation) V::store(compensation + j, V::sub(v, V::load(p + j, n)), n);
+    }
+  }
+
+  // Adds 16 random bits below those that stay, and truncates: up with the probability of the part cut off.
+  static void store_at_random(F v, int n, BFloat16* p, uint32_t key) {
+    U x = V::add_bits(V::set_bits(key), V::lane_ids());
+    x = V::xor_bits(x, V::template shift_right<16>(x));
+    x = V::mul_bits(x, V::set_bits(0x7feb352du));
+    x = V::xor_bits(x, V::template shift_right<15>(x));
+    x = V::mul_bits(x, V::set_bits(0x846ca68bu));
+    x = V::and_bits(V::xor_bits(x, V::template shift_right<16>(x)), V::set_bits(0xffffu));
+    const U kept = V::bits(V::select(V::finite(v), V::from_bits(x), V::set(0.0f)));  // Inf must not become NaN
+    V::store_high_halves(p, V::add_bits(V::bits(v), kept), n);
+  }
+
+  template <class Rule, bool kQuantized>
+  struct Block {
+    static constexpr int kStates = Rule::kMoments + (Rule::kSecond ? 1 : 0);
+    static constexpr int kSecondAt = Rule::kMoments;  // of the second moment among the states
+    static constexpr int kSlots = kStates > 0 ? kStates : 1;
+
+    Codec<V, true> moments;
+    Codec<V, false> roots;
+    alignas(64) float param[kOptimBlock], grad[kOptimBlock], next[kSlots][kOptimBlock];
+
+    // The states of n elements from index i on, as the rule takes them.
+    static void load_states(const Block& self, const OptimTensor& t, int64_t i, int n, const float* absmax, F (&m)[2],
+                            F& v, F& root) {
+      for (int s = 0; s < kStates; ++s) {
+        F value;
+        if constexpr (kQuantized) {
+          const U codes = V::load_codes(static_cast<const uint8_t*>(t.state[s]) + i, n);
+          value = V::mul(s == kSecondAt ? self.roots.decode(codes) : self.moments.decode(codes), V::set(absmax[s]));
+        } else {
+          value = V::load(static_cast<const float*>(t.state[s]) + i, n);
+        }
+        if (s != kSecondAt) {
+          m[s] = value;
+        } else if constexpr (kQuantized) {
+          root = value;
+          v = V::mul(value, value);
+        } else {
+          v = value;
+        }
+      }
+    }
+
+    int64_t run(const OptimStep& step, const OptimTensor& t, const Factors& f, int64_t begin, int64_t end) {
+      int64_t left_alone = 0;
+      const DType param_dtype = static_cast<DType>(t.param_dtype), grad_dtype = static_cast<DType>(t.grad_dtype);
+      uint32_t key = 0;
+      if (step.stochastic && param_dtype == DType::bf16) key = random_key(step.seed, t.id, *t.step);
+      for (int64_t block = begin; block < end; ++block) {
+        const BlockPlace place(t, block);
+        float* p = static_cast<float*>(t.param) + place.first;
+        const float* g = static_cast<const float*>(t.grad) + place.first;
+        if (param_dtype != DType::f32) {
+          dispatch_float(param_dtype, [&](auto type) {
+            using T = decltype(type);
+            const T* kept = static_cast<const T*>(t.compensation);
+            load_param(static_cast<const T*>(t.param) + place.first, kept ? kept + place.first : nullptr, place.count,
+                       param);
+          });
+          p = param;
+        }
+        if (grad_dtype != DType::f32) {
+          dispatch_float(grad_dtype, [&](auto type) {
+            load_block(static_cast<const decltype(type)*>(t.grad) + place.first, place.count, grad);
+          });
+          g = grad;
+        }
+        left_alone += update(t, f, block, place, p, g);
+        if (param_dtype != DType::f32)
+          dispatch_float(param_dtype, [&](auto type) {
+            using T = decltype(type);
+            T* kept = static_cast<T*>(t.compensation);
+            store_param(param, place.count, static_cast<T*>(t.param) + place.first, kept ? kept + place.first : nullptr,
+                        step.stochastic, key_of_block(key, place.first));
+          });
+      }
+      return left_alone;
+    }
+
+    int64_t update(const OptimTensor& t, const Factors& f, int64_t block, const BlockPlace& place, float* p,
+                   const float* g) {
+      float absmax[kSlots] = {};
+      U most[kSlots];
+      if constexpr (kQuantized)
+        for (int s = 0; s < kStates; ++s) {
+          absmax[s] = t.absmax[s][block];
+          most[s] = V::zero_bits();
+        }
+      int64_t left_alone = 0;
+      int j = 0;
+      for (; j + V::kWidth <= place.count; j += V::kWidth)
+        left_alone += elements<true>(t, f, place, absmax, most, p, g, j, V::kWidth);
+      if (j < place.count) left_alone += elements<false>(t, f, place, absmax, most, p, g, j, place.count - j);
+      if constexpr (kQuantized) {
+        for (int s = 0; s < kStates; ++s) {
+          float largest = bits_float(V::reduce_max(most[s]));
+          // What is left alone keeps its code under the same absmax.
+          if (left_alone && largest < absmax[s]) largest = absmax[s];
+          encode(t, s, block, place, block_absmax(largest));
+        }
+      }
+      return left_alone;
+    }
+
+    template <bool kWhole>
+    __attribute__((always_inline)) int elements(const OptimTensor& t, const Factors& f, const BlockPlace& place,
+                                                const float* absmax, U* most, float* p, const float* g, int j, int n) {
+      if constexpr (kWhole) n = V::kWidth;
+      F m[2], v, root, old[2];
+      load_states(*this, t, place.first + j, n, absmax, m, v, root);
+      const F old_v = v, old_root = root;
+      for (int s = 0; s < Rule::kMoments; ++s) old[s] = m[s];
+      const F before = V::load(p + j, n);
+      const F shrunk = V::mul(before, V::set(f.shrink));
+      const F u = Rule::template direction<V>(f, shrunk, V::mul(V::load(g + j, n), V::set(f.grad)), m, v, root);
+      // Where the new state is NaN or Inf (a gradient that is, or whose square is), nothing changes.
+      typename V::M valid = V::finite(kStates == 0 ? u : Rule::kSecond ? root : m[0]);
+      if constexpr (Rule::kMoments == 2) valid = V::both(valid, V::finite(m[1]));
+      const F after = V::fma(V::set(-f.size), u, shrunk);
+      V::store(p + j, V::select(valid, after, before), n);
+      for (int s = 0; s < kStates; ++s) {
+        if constexpr (kQuantized) {
+          const F value = s == kSecondAt ? V::select(valid, root, old_root) : V::select(valid, m[s], old[s]);
+          V::store(next[s] + j, value);
+          most[s] = V::max_bits(most[s], V::abs_bits(value));
+        } else {
+          const F value = s == kSecondAt ? V::select(valid, v, old_v) : V::select(valid, m[s], old[s]);
+          V::store(static_cast<float*>(t.state[s]) + place.first + j, value, n);
+        }
+      }
+      return n - V::count(V::both(valid, V::lanes_below(n)));
+    }
+
+    void encode(const OptimTensor& t, int s, int64_t block, const BlockPlace& place, float absmax) {
+      t.absmax[s][block] = absmax;
+      const F inverse = V::set(block_inverse(absmax));
+      uint8_t* codes = static_cast<uint8_t*>(t.state[s]) + place.first;
+      int j = 0;
+      for (; j + V::kWidth <= place.count; j += V::kWidth)
+        V::store_codes(codes + j, code_of(s, V::mul(V::load(next[s] + j), inverse)));
+      if (j < place.count)
+        V::store_codes(codes + j, code_of(s, V::mul(V::load(next[s] + j), inverse)), place.count - j);
+    }
+
+    __attribute__((always_inline)) U code_of(int s, F v) const {
+      return s == kSecondAt ? roots.template encode<true>(v) : moments.encode(v);
+    }
+
+    // Sums of squares of the parameter and of what its norm is compared with.
+    void norms(const OptimTensor& t, const Factors& f, int64_t begin, int64_t end, double* sums) {
+      for (int64_t block = begin; block < end; ++block) {
+        const BlockPlace place(t, block);
+        dispatch_float(static_cast<DType>(t.param_dtype), [&](auto type) {
+          using T = decltype(type);
+          const T* kept = static_cast<const T*>(t.compensation);
+          load_param(static_cast<const T*>(t.param) + place.first, kept ? kept + place.first : nullptr, place.count,
+                     param);
+        });
+        dispatch_float(static_cast<DType>(t.grad_dtype), [&](auto type) {
+          load_block(static_cast<const decltype(type)*>(t.grad) + place.first, place.count, grad);
+        });
+        float absmax[kSlots] = {};
+        if constexpr (kQuantized)
+          for (int s = 0; s < kStates; ++s) absmax[s] = t.absmax[s][block];
+        for (int j = 0; j < place.count; j += V::kWidth) {
+          const int n = place.count - j < V::kWidth ? place.count - j : V::kWidth;
+          F m[2], v, root;
+          load_states(*this, t, place.first + j, n, absmax, m, v, root);
+          const F p = V::load(param + j), g = V::mul(V::load(grad + j), V::set(f.grad));
+          F other = g;
+          if constexpr (Rule::kSecond) other = Rule::template direction<V>(f, p, g, m, v, root);
+          const typename V::M valid = V::both(V::finite(other), V::lanes_below(n));
+          sums[0] += V::sum_of_squares(V::select(valid, p, V::set(0.0f)));
+          sums[1] += V::sum_of_squares(V::select(valid, other, V::set(0.0f)));
+        }
+      }
+    }
+  };
+
+  static int64_t step(const OptimStep& s, const OptimTensor& t, const Factors& f, int64_t begin, int64_t end) {
+    int64_t left_alone = 0;
+    dispatch_rule(s.rule, [&](auto rule) {
+      using Rule = decltype(rule);
+      if (t.quantized) {
+        Block<Rule, true> block;
+        left_alone = block.run(s, t, f, begin, end);
+      } else {
+        Block<Rule, false> block;
+        left_alone = block.run(s, t, f, begin, end);
+      }
+    });
+    return left_alone;
+  }
+
+  static void norms(const OptimStep& s, const OptimTensor& t, const Factors& f, int64_t begin, int64_t end,
+                    double* sums) {
+    dispatch_rule(s.rule, [&](auto rule) {
+      using Rule = decltype(rule);
+      if constexpr (Rule::kTrust) {
+        if (t.quantized) {
+          Block<Rule, true> block;
+          block.norms(t, f, begin, end, sums);
+        } else {
+          Block<Rule, false> block;
+          block.norms(t, f, begin, end, sums);
+        }
+      }
+    });
+  }
+
+  static constexpr OptimLoops table = {step, norms};
+};
+
+}  // namespace
+}  // namespace octavo::cpu
+#endif  // OCTAVO_ISA_LOOPS
