@@ -29,6 +29,22 @@ static void define_ops(Library& m) {
   m.def(
       "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, float threshold=0.0, "
       "Tensor? outlier_slot=None, Tensor? outlier_weight=None) -> Tensor");
+  // 8-bit block-wise quantization
+  m.def(
+      "quantize_blockwise(Tensor x, int blocksize=256, bool signed=True, Tensor? code=None) -> "
+      "(Tensor codes, Tensor absmax)");
+  m.def(
+      "dequantize_blockwise(Tensor codes, Tensor absmax, ScalarType dtype, int blocksize=256, bool signed=True, "
+      "Tensor? code=None) -> Tensor");
+  // optimizers over many tensors: states, absmax and compensation as in csrc/optim8/optim8.cpp
+  m.def(
+      "optim_table(Tensor[] params, Tensor[] grads, Tensor[] steps, Tensor[] states, Tensor[] absmax, "
+      "Tensor[] compensation, int[] ids) -> Tensor");
+  m.def(
+      "optim_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] steps, Tensor(b!)[] states, Tensor(c!)[] absmax, "
+      "Tensor(d!)[] compensation, Tensor(e!) nonfinite, Tensor table, str rule, float[] hyper, Tensor? lr=None, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, bool maximize=False, "
+      "bool stochastic=False, int seed=0) -> ()");
 }
 
 #ifdef OCTAVO_SIMT

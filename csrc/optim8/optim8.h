@@ -34,6 +34,26 @@ static_assert(sizeof(OptimTensor) == 8 * kOptimWords);
 
 enum class Rule : int32_t { sgd, momentum, adam, rmsprop, rmsprop_momentum, adagrad, lion, ademamix, lamb, lars };
 
+// As the ops name them, and how many moments and second moments each keeps.
+struct RuleInfo {
+  const char* name;
+  Rule rule;
+  int states;
+  bool trust;  // needs norms
+};
+constexpr RuleInfo kRules[] = {
+    {"sgd", Rule::sgd, 0, false},
+    {"momentum", Rule::momentum, 1, false},
+    {"adam", Rule::adam, 2, false},
+    {"rmsprop", Rule::rmsprop, 1, false},
+    {"rmsprop_momentum", Rule::rmsprop_momentum, 2, false},
+    {"adagrad", Rule::adagrad, 1, false},
+    {"lion", Rule::lion, 1, false},
+    {"ademamix", Rule::ademamix, 3, false},
+    {"lamb", Rule::lamb, 2, true},
+    {"lars", Rule::lars, 1, true},
+};
+
 // What a rule is set to; it reads the fields that it names (rules.h). Doubles, as Python has them.
 struct Hyper {
   double lr, weight_decay, eps;

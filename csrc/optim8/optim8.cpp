@@ -1,0 +1,220 @@
+#include "optim8/optim8.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/op.h"
+
+namespace octavo {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// What the ops are given: per parameter its gradient and step, `states` states (states[i * states + s]) with an absmax
+// each (no elements: an fp32 state), and a compensation (no elements: none; the list may be empty).
+struct Lists {
+  const Tensors &params, &grads, &steps, &states, &absmax, &compensation;
+  int64_t states_each() const { return params.empty() ? 0 : static_cast<int64_t>(states.size() / params.size()); }
+};
+
+std::string where(const char* op, const char* list, size_t i) {
+  return std::string(op) + ": " + list + "[" + std::to_string(i) + "]";
+}
+
+void check_as_param(const char* op, const char* list, size_t i, const Tensor& t, const Tensor& param) {
+  STD_TORCH_CHECK(shape(t) == shape(param), where(op, list, i), " has shape ", shape_of(t), " but its parameter has ",
+                  shape_of(param));
+  STD_TORCH_CHECK(device_of(t) == device_of(param), where(op, list, i), " is on ", device_of(t),
+                  " but its parameter on ", device_of(param));
+  STD_TORCH_CHECK(t.is_contiguous(), where(op, list, i), " must be contiguous, got shape ", shape_of(t));
+}
+
+// Blocks of one row: flat states have one absmax list, those in rows a matrix of it.
+int64_t check_absmax(const char* op, size_t i, const Tensor& absmax, const Tensor& param) {
+  const int64_t count = param.numel();
+  check_dtype(op, "absmax", absmax, ScalarType::Float);
+  STD_TORCH_CHECK(absmax.is_contiguous() && device_of(absmax) == device_of(param), where(op, "absmax", i),
+                  " must be contiguous and on ", device_of(param));
+  if (absmax.dim() == 1 && absmax.size(0) == ceil_div(count, kOptimBlock)) return count;
+  if (absmax.dim() == 2 && absmax.size(0) > 0 && count % absmax.size(0) == 0) {
+    const int64_t row = count / absmax.size(0);
+    if (absmax.size(1) == ceil_div(row, kOptimBlock)) return row;
+  }
+  STD_TORCH_CHECK(false, where(op, "absmax", i), " has shape ", shape_of(absmax),
+                  ", which does not fit a parameter of ", count, " elements in blocks of ", kOptimBlock, ": [",
+                  ceil_div(count, kOptimBlock), "], or [rows, blocks of a row]");
+  return 0;
+}
+
+// The tensors in the order of the launches, fp32 parameters first. Every check of the lists is here.
+struct Plan {
+  std::vector<OptimTensor> tensors;
+  std::vector<int32_t> chunks;
+  int64_t block_count = 0, wide_chunks = 0;
+
+  Plan(const char* op, const Lists& lists, const std::vector<int64_t>* ids) {
+    const size_t count = lists.params.size();
+    const auto check_size = [&](const char* list, size_t size, size_t wanted) {
+      STD_TORCH_CHECK(size == wanted, op, ": ", count, " params need ", wanted, " ", list, ", got ", size);
+    };
+    check_size("grads", lists.grads.size(), count);
+    check_size("steps", lists.steps.size(), count);
+    check_size("absmax", lists.absmax.size(), lists.states.size());
+    if (!lists.compensation.empty()) check_size("compensation", lists.compensation.size(), count);
+    if (ids) check_size("ids", ids->size(), count);
+    const int64_t each = lists.states_each();
+    STD_TORCH_CHECK(each <= kMaxStates && lists.states.size() == static_cast<size_t>(each) * count, op, ": ", count,
+                    " params cannot have ", lists.states.size(), " states");
+    tensors.reserve(count);
+    for (const bool wide : {true, false}) {
+      for (size_t i = 0; i < count; ++i)
+        if ((lists.params[i].scalar_type() == ScalarType::Float) == wide) add(op, lists, each, ids, i);
+      if (wide) wide_chunks = static_cast<int64_t>(chunks.size());
+    }
+  }
+
+ private:
+  void add(const char* op, const Lists& lists, int64_t each, const std::vector<int64_t>* ids, size_t i) {
+    const Tensor &param = lists.params[i], &grad = lists.grads[i], &step = lists.steps[i];
+    OptimTensor t{};
+    t.param_dtype = static_cast<int32_t>(float_dtype(op, "params", param));
+    t.grad_dtype = static_cast<int32_t>(float_dtype(op, "grads", grad));
+    STD_TORCH_CHECK(device_of(param) == device_of(lists.params[0]), where(op, "params", i), " is on ", device_of(param),
+                    " but params[0] on ", device_of(lists.params[0]));
+    STD_TORCH_CHECK(param.is_contiguous(), where(op, "params", i), " must be contiguous, got shape ", shape_of(param));
+    check_as_param(op, "grads", i, grad, param);
+    check_dtype(op, "steps", step, ScalarType::Float);
+    STD_TORCH_CHECK(step.numel() == 1 && device_of(step) == device_of(param), where(op, "steps", i),
+                    " must be one number on ", device_of(param));
+    t.count = t.row = param.numel();
+    t.param = param.mutable_data_ptr();
+    t.grad = grad.const_data_ptr();
+    t.step = step.const_data_ptr<float>();
+    for (int64_t s = 0; s < each; ++s) {
+      const size_t at = i * static_cast<size_t>(each) + static_cast<size_t>(s);
+      const Tensor &state = lists.states[at], &absmax = lists.absmax[at];
+      check_as_param(op, "states", at, state, param);
+      const bool quantized = state.scalar_type() == ScalarType::Byte;
+      STD_TORCH_CHECK(quantized || state.scalar_type() == ScalarType::Float, where(op, "states", at),
+                      " must be uint8 or float32, got ", name_of(state.scalar_type()));
+      STD_TORCH_CHECK(s == 0 || quantized == (t.quantized != 0), where(op, "states", at),
+                      ": the states of a parameter are all uint8 or all float32");
+      t.quantized = quantized;
+      t.state[s] = state.mutable_data_ptr();
+      if (!quantized) continue;
+      const int64_t row = check_absmax(op, at, absmax, param);
+      STD_TORCH_CHECK(s == 0 || row == t.row, where(op, "absmax", at),
+                      ": the states of a parameter have the same rows");
+      t.row = row;
+      t.absmax[s] = absmax.mutable_data_ptr<float>();
+    }
+    if (!lists.compensation.empty() && lists.compensation[i].numel() > 0) {
+      const Tensor& kept = lists.compensation[i];
+      check_as_param(op, "compensation", i, kept, param);
+      STD_TORCH_CHECK(kept.scalar_type() == param.scalar_type() && param.scalar_type() != ScalarType::Float,
+                      where(op, "compensation", i), " must be of its parameter's 16-bit dtype, got ",
+                      name_of(kept.scalar_type()), " for ", name_of(param.scalar_type()));
+      t.compensation = kept.mutable_data_ptr();
+    }
+    t.row_blocks = ceil_div(t.row, kOptimBlock);
+    t.id = ids ? static_cast<uint32_t>((*ids)[i]) : 0;
+    t.first_block = block_count;
+    t.first_chunk = static_cast<int64_t>(chunks.size());
+    const int64_t blocks = t.count ? t.count / t.row * t.row_blocks : 0;
+    chunks.insert(chunks.end(), ceil_div(blocks, kChunkBlocks), static_cast<int32_t>(tensors.size()));
+    block_count += blocks;
+    tensors.push_back(t);
+  }
+};
+
+// The table that kernels read: the tensors' words, then the chunks, in int64. It holds addresses: of use only with the
+// same tensors. Made on the CPU; the caller moves it to where the parameters are.
+Tensor optim_table(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& states,
+                   const Tensors& absmax, const Tensors& compensation, const std::vector<int64_t>& ids) {
+  const Plan plan("optim_table", {params, grads, steps, states, absmax, compensation}, &ids);
+  const size_t tensor_bytes = plan.tensors.size() * sizeof(OptimTensor), chunk_bytes = plan.chunks.size() * 4;
+  const int64_t words = static_cast<int64_t>(tensor_bytes / 8 + (chunk_bytes + 7) / 8);
+  Tensor table = torch::stable::empty({words}, ScalarType::Long, std::nullopt,
+                                      torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  char* bytes = static_cast<char*>(table.mutable_data_ptr());
+  if (words) std::memset(bytes, 0, static_cast<size_t>(words) * 8);
+  if (tensor_bytes) std::memcpy(bytes, plan.tensors.data(), tensor_bytes);
+  if (chunk_bytes) std::memcpy(bytes + tensor_bytes, plan.chunks.data(), chunk_bytes);
+  return table;
+}
+
+const float* scalar_on(const char* op, const char* name, const std::optional<Tensor>& t, const Tensor& param) {
+  if (!t) return nullptr;
+  check_dtype(op, name, *t, ScalarType::Float);
+  check_same_device(op, name, *t, param);
+  STD_TORCH_CHECK(t->numel() == 1, op, ": ", name, " must be one number, got shape ", shape_of(*t));
+  return t->const_data_ptr<float>();
+}
+
+template <class B>
+void optim_step(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& states,
+                const Tensors& absmax, const Tensors& compensation, const Tensor& nonfinite, const Tensor& table,
+                const std::string& rule, const std::vector<double>& hyper, const std::optional<Tensor>& lr,
+                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                const std::optional<Tensor>& grad_factor, bool maximize, bool stochastic, int64_t seed) {
+  constexpr const char* op = "optim_step";
+  const RuleInfo* info =
+      std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return rule == r.name; });
+  STD_TORCH_CHECK(info != std::end(kRules), op, ": unknown rule '", rule, "'");
+  STD_TORCH_CHECK(hyper.size() * sizeof(double) == sizeof(Hyper), op, ": hyper must hold ",
+                  sizeof(Hyper) / sizeof(double), " numbers, got ", hyper.size());
+  const Lists lists{params, grads, steps, states, absmax, compensation};
+  const Plan plan(op, lists, nullptr);
+  if (params.empty()) return;
+  STD_TORCH_CHECK(lists.states_each() == info->states, op, ": rule '", rule, "' has ", info->states,
+                  " states per parameter, got ", lists.states_each());
+  const Tensor& first = params[0];
+  check_dtype(op, "nonfinite", nonfinite, ScalarType::Long);
+  check_same_device(op, "nonfinite", nonfinite, first);
+  check_dtype(op, "table", table, ScalarType::Long);
+  check_same_device(op, "table", table, first);
+  const int64_t tensor_words = static_cast<int64_t>(plan.tensors.size()) * kOptimWords;
+  const int64_t words = tensor_words + (static_cast<int64_t>(plan.chunks.size()) + 1) / 2;
+  STD_TORCH_CHECK(nonfinite.numel() == 1 && table.dim() == 1 && table.size(0) == words, op,
+                  ": the table does not belong to these tensors: it has ", table.numel(), " words instead of ", words);
+  const OnDeviceOf device(first);
+  OptimStep s{};
+  s.tensors = static_cast<const OptimTensor*>(table.const_data_ptr());
+  s.chunks = reinterpret_cast<const int32_t*>(static_cast<const int64_t*>(table.const_data_ptr()) + tensor_words);
+  s.tensor_count = static_cast<int64_t>(plan.tensors.size());
+  s.block_count = plan.block_count;
+  s.chunk_count = static_cast<int64_t>(plan.chunks.size());
+  s.wide_chunks = plan.wide_chunks;
+  s.rule = info->rule;
+  std::memcpy(&s.hyper, hyper.data(), sizeof(Hyper));
+  s.lr = scalar_on(op, "lr", lr, first);
+  s.grad_scale = scalar_on(op, "grad_scale", grad_scale, first);
+  s.found_inf = scalar_on(op, "found_inf", found_inf, first);
+  s.grad_factor = scalar_on(op, "grad_factor", grad_factor, first);
+  s.nonfinite = nonfinite.mutable_data_ptr<int64_t>();
+  s.seed = static_cast<uint64_t>(seed);
+  s.maximize = maximize;
+  s.stochastic = stochastic;
+  Tensor norms;
+  if (info->trust) {
+    norms = empty({2 * (s.chunk_count + s.tensor_count)}, ScalarType::Double, first);
+    s.chunk_norms = norms.mutable_data_ptr<double>();
+    s.tensor_norms = s.chunk_norms + 2 * s.chunk_count;
+  }
+  if (s.block_count > 0) B::optim_step(s, device.stream());
+}
+
+template <class B>
+void register_ops(Library& m) {
+  m.impl("optim_table", TORCH_BOX(&optim_table));
+  m.impl("optim_step", TORCH_BOX(&optim_step<B>));
+}
+
+#define OPTIM_BACKEND(Name, ns)                        \
+  struct Name {                                        \
+    static constexpr auto optim_step = ns::optim_step; \
+  };
+OCTAVO_REGISTER(register_ops, OPTIM_BACKEND)
+
+}  // namespace
+}  // namespace octavo
