@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  loads the libraries that _C links to
 
-from . import _C, nn, reference
+from . import _C, nn, optim, reference
 from ._version import __version__
 from .autograd import int8_linear_train, int8_matmul
 from .ops import (
@@ -49,6 +49,7 @@ __all__ = [
     "int8_mm",
     "load_quantized",
     "nn",
+    "optim",
     "optim_step",
     "optim_table",
     "quantize_blockwise",
