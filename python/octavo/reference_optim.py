@@ -295,8 +295,7 @@ _RULES: dict[str, _Direction] = {
 
 def _blocks_of(x: Tensor, row: int) -> Tensor:
     """[blocks, 256] of a flat x, rows of it padded with zeros."""
-    rows = x.view(-1, row) if row else x.view(0, 1)
-    return torch.nn.functional.pad(rows, (0, -row % _BLOCK)).reshape(-1, _BLOCK)
+    return torch.nn.functional.pad(x.view(-1, row), (0, -row % _BLOCK)).reshape(-1, _BLOCK)
 
 
 def _from_blocks(blocks: Tensor, row: int) -> Tensor:
@@ -314,7 +313,7 @@ def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor) -> tuple[Tensor
     from .reference import quantize_blockwise
 
     blocks = _blocks_of(x, row)
-    most = torch.maximum(blocks.abs().amax(1), at_least.flatten()) if len(blocks) else at_least.flatten()
+    most = torch.maximum(blocks.abs().amax(1), at_least.flatten())
     # A column with the absmax makes it that of the block; it may exceed every element.
     block = torch.cat([blocks, most[:, None], torch.zeros_like(blocks)[:, 1:]], 1)
     codes, absmax = quantize_blockwise(block, 2 * _BLOCK, signed)
@@ -339,7 +338,7 @@ def _round_at_random(x: Tensor, row: int, seed: int, number: int, t: float) -> T
     for word in (seed >> 32, number, int(t) & 0xFFFFFFFF):
         key = _mix(key ^ word)
     index = torch.arange(x.numel(), device=x.device)
-    within = index % row % _BLOCK if row else index  # the block's first element enters apart, for more than 2^32
+    within = index % row % _BLOCK  # the block's first element enters apart, for more than 2^32
     first = index - within
     high = first >> 32
     random = _mix((_mix(high ^ key) + first + within) & 0xFFFFFFFF)
@@ -390,6 +389,8 @@ def optim_step(
     each = moments + second
     for i, number in enumerate(_ids(table, params)):
         param, own, scales = params[i], states[i * each : (i + 1) * each], absmax[i * each : (i + 1) * each]
+        if param.numel() == 0:
+            continue
         kept = compensation[i] if compensation and compensation[i].numel() else None
         quantized = bool(own) and own[0].dtype is torch.uint8
         row, t = _row(param, scales[0] if quantized else None), float(steps[i])

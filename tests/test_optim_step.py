@@ -1,0 +1,281 @@
+"""optim_table and optim_step: every rule against the reference, on every backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import octavo
+import pytest
+import torch
+from compare import FLOATS
+from conftest import Ops
+from octavo import reference
+from octavo.reference_optim import HYPER, STATES
+from torch import Tensor
+
+VALUES = {
+    "lr": 1e-2,
+    "weight_decay": 0.01,
+    "eps": 1e-8,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "beta3": 0.999,
+    "dampening": 0.1,
+    "alpha": 3.0,
+    "alpha_steps": 3.0,
+    "beta3_steps": 3.0,
+    "lr_decay": 0.01,
+    "trust_coefficient": 0.1,
+    "bias_correction": 1.0,
+}
+IDS = [5, 7, 2**31 + 3, 0]
+
+
+@dataclass
+class Run:
+    """Lists of four parameters: rows with tails, a flat one with a ragged tail, a small one in fp32, an empty one."""
+
+    rule: str
+    params: list[Tensor]
+    quantized: bool
+    kahan: bool = False
+    steps: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    absmax: list[Tensor] = field(default_factory=list)
+    compensation: list[Tensor] = field(default_factory=list)
+    nonfinite: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+
+    def __post_init__(self) -> None:
+        moments, second = STATES[self.rule]
+        for i, param in enumerate(self.params):
+            self.steps.append(torch.zeros(()))
+            for s in range(moments + second):
+                root = second and s == moments
+                if self.quantized and i != 2:
+                    self.states.append(torch.full(param.shape, 0 if root else 127, dtype=torch.uint8))
+                    blocks = (param.numel() + 255) // 256
+                    self.absmax.append(torch.zeros((4, 2) if i == 0 else (blocks,)))
+                else:
+                    self.states.append(torch.zeros(param.shape))
+                    self.absmax.append(torch.empty(0))
+            if self.kahan:
+                wide = param.dtype is torch.float32
+                self.compensation.append(torch.empty(0) if wide else torch.zeros_like(param))
+
+    def lists(self, grads: list[Tensor]) -> list[list[Tensor]]:
+        return [self.params, grads, self.steps, self.states, self.absmax, self.compensation]
+
+    def step(self, where: Ops | None, grads: list[Tensor], hyper: dict[str, float], **options: object) -> None:
+        """On a backend, or (None) by the reference."""
+        for step in self.steps:
+            step += 1
+        numbers = [float(hyper.get(name, 0.0)) for name in HYPER]
+        lists = self.lists(grads)
+        if where is None:
+            table = reference.optim_table(*lists, IDS)
+            reference.optim_step(*lists, self.nonfinite, table, self.rule, numbers, **options)
+            return
+        device = "cuda" if where.backend == "cuda" else "cpu"
+        packets = getattr(torch.ops, where.namespace)
+        moved = [[t.to(device) for t in tensors] for tensors in lists]
+        nonfinite = self.nonfinite.to(device)
+        options = {key: o.to(device) if isinstance(o, Tensor) else o for key, o in options.items()}
+        table = packets.optim_table(*moved, IDS).to(device)
+        packets.optim_step(*moved, nonfinite, table, self.rule, numbers, **options)
+        for tensors, results in zip([*lists, [self.nonfinite]], [*moved, [nonfinite]], strict=True):
+            for t, result in zip(tensors, results, strict=True):
+                t.copy_(result)
+
+
+def make(rule: str, quantized: bool, dtype: torch.dtype, kahan: bool = False) -> Run:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 300), (70, 13), (3, 5), (0,))
+    params = [torch.randn(s, generator=generator).to(torch.float32 if i == 1 else dtype) for i, s in enumerate(shapes)]
+    return Run(rule, params, quantized, kahan)
+
+
+def gradients(run: Run, generator: torch.Generator, dtype: torch.dtype) -> list[Tensor]:
+    return [(torch.randn(p.shape, generator=generator) * 0.1).to(dtype) for p in run.params]
+
+
+def assert_as_reference(actual: Run, expected: Run) -> None:
+    """Codes within one, and hardly ever different at all; numbers within a few roundings of fp32 and of their dtype.
+
+    States may be decoded and encoded by arithmetic that is a few units in the last place off, and norms summed in
+    another order: a code at a threshold may then be the neighbour, and a 16-bit parameter round the other way.
+    """
+    assert torch.equal(actual.nonfinite, expected.nonfinite)
+    for a, e in zip(actual.states, expected.states, strict=True):
+        if a.dtype is torch.uint8:
+            apart = (a.int() - e.int()).abs()
+            assert int(apart.max() if len(a) else 0) <= 1 and int((apart > 0).sum()) <= max(2, a.numel() // 200)
+        else:
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-9, equal_nan=True)
+    for a, e in zip(actual.absmax, expected.absmax, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=0.0)
+    for a, e in zip(actual.params, expected.params, strict=True):
+        eps = torch.finfo(a.dtype).eps
+        # A code that is one off moves its element's next step by up to a cell, 1/7 of it where cells are widest.
+        apart = (a.float() - e.float()).abs() > 16 * eps * e.float().abs().clamp(min=1e-2)
+        assert int(apart.sum()) <= max(2, a.numel() // 200), f"{int(apart.sum())} of {a.numel()} parameters differ"
+
+
+@pytest.mark.parametrize("decoupled", [0.0, 1.0])
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rule", STATES)
+def test_rules(ops: Ops, rule: str, dtype: torch.dtype, quantized: bool, decoupled: float):
+    runs = [make(rule, quantized, dtype) for _ in range(2)]
+    hyper = {**VALUES, "decoupled": decoupled, "nesterov": decoupled}
+    generator = torch.Generator().manual_seed(1)
+    for number in range(4):
+        grads = gradients(runs[0], generator, FLOATS[number % 3])
+        for run, where in zip(runs, (ops, None), strict=True):
+            run.step(where, grads, hyper)
+        assert_as_reference(*runs)
+    assert runs[0].nonfinite.item() == 0
+
+
+@pytest.mark.parametrize("rule", STATES)
+def test_nonfinite_elements_are_left_alone(ops: Ops, rule: str):
+    """Parameter and state of the element keep their values; its block mates step as if it were not there."""
+    runs = [make(rule, True, torch.float32) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    for number in range(3):
+        grads = gradients(runs[0], generator, torch.float32)
+        if number > 0:
+            grads[0][1, 2], grads[0][1, 299] = float("nan"), float("inf")
+            grads[1][3, 3], grads[1][69, 12] = -float("inf"), 3e38  # of the last, the square is Inf
+            grads[2][0] = float("nan")
+        before = [p.clone() for p in runs[0].params]
+        for run, where in zip(runs, (ops, None), strict=True):
+            run.step(where, grads, VALUES)
+        assert_as_reference(*runs)
+        for p, old, g in zip(runs[0].params, before, grads, strict=True):
+            bad = ~g.isfinite()
+            assert torch.equal(p[bad], old[bad]) and bool((p[~bad] != old[~bad]).float().mean() > 0.9 or not len(p))
+    squares = rule not in ("sgd", "momentum", "lion", "lars")
+    assert runs[0].nonfinite.item() == 2 * (8 + squares)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "lion", "lamb", "lars"])
+def test_amp_clipping_and_lr_tensor(ops: Ops, rule: str):
+    runs = [make(rule, True, torch.bfloat16) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    options = {"grad_scale": 128.0, "grad_factor": 0.3, "lr": 3e-3, "found_inf": 0.0}
+    tensors = {key: torch.tensor(value) for key, value in options.items()}
+    for _ in range(3):
+        grads = gradients(runs[0], generator, torch.float32)
+        for run, where in zip(runs, (ops, None), strict=True):
+            run.step(where, grads, VALUES, maximize=True, **tensors)
+        assert_as_reference(*runs)
+    before = [t.clone() for t in (*runs[0].params, *runs[0].states, *runs[0].absmax)]
+    runs[0].step(ops, grads, VALUES, found_inf=torch.tensor(2.0))
+    after = (*runs[0].params, *runs[0].states, *runs[0].absmax)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", STATES)
+def test_kahan(ops: Ops, rule: str, dtype: torch.dtype):
+    runs = [make(rule, True, dtype, kahan=True) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        grads = gradients(runs[0], generator, torch.float32)
+        for run, where in zip(runs, (ops, None), strict=True):
+            run.step(where, grads, VALUES)
+    sums = [[p.double() + c.double() for p, c in zip(r.params, r.compensation, strict=True) if len(c)] for r in runs]
+    for a, e in zip(*sums, strict=True):
+        apart = (a - e).abs() > 1e-4 * e.abs().clamp(min=1e-2)
+        assert int(apart.sum()) <= max(2, a.numel() // 200)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 12345678901234567])
+def test_stochastic_rounding_draws_the_reference_numbers(ops: Ops, seed: int):
+    runs = [make("sgd", False, torch.bfloat16) for _ in range(2)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        grads = gradients(runs[0], generator, torch.float32)
+        for run, where in zip(runs, (ops, None), strict=True):
+            run.step(where, grads, VALUES, stochastic=True, seed=seed)
+    for a, e in zip(runs[0].params, runs[1].params, strict=True):
+        assert torch.equal(a, e)  # no codes here: the sum is the same to the bit
+
+
+def test_table_is_as_documented():
+    run = make("ademamix", True, torch.float16, kahan=True)
+    lists = run.lists([torch.zeros_like(p) for p in run.params])
+    table = octavo.ops.optim_table(*lists, IDS)
+    assert torch.equal(table, reference.optim_table(*lists, IDS))
+    assert len(table) == octavo.ops.table_words(run.params, run.absmax)
+
+
+def test_threads_do_not_change_bits(generator: torch.Generator):
+    threads, results = torch.get_num_threads(), []
+    start, grad = torch.randn(1 << 20, generator=generator), torch.randn(1 << 20, generator=generator)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            param = start.clone().bfloat16().requires_grad_()
+            param.grad = grad.bfloat16()
+            optimizer = octavo.optim.LAMB8bit([param], rounding="stochastic")
+            for _ in range(3):
+                optimizer.step()
+            results.append((param, optimizer.state[param]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+
+
+def changed(rule: str = "adam", **lists: object) -> tuple[list[object], str]:
+    run = make(rule, True, torch.float32)
+    names = ("params", "grads", "steps", "states", "absmax", "compensation")
+    values: dict[str, list[Tensor]] = dict(zip(names, run.lists([p.clone() for p in run.params]), strict=True))
+    for name, change in lists.items():
+        assert callable(change)
+        values[name] = change(list(values[name]))
+    return list(values.values()), rule
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": lambda t: t[:3]}, "4 params need 4 grads, got 3"),
+        ({"steps": lambda t: t[:3]}, "4 params need 4 steps, got 3"),
+        ({"absmax": lambda t: t[:3]}, "4 params need 8 absmax, got 3"),
+        ({"states": lambda t: t[:7], "absmax": lambda t: t[:7]}, "4 params cannot have 7 states"),
+        ({"params": lambda t: [t[0].double(), *t[1:]]}, "got float64"),
+        ({"params": lambda t: [t[0].t(), *t[1:]]}, r"params\[0\] must be contiguous"),
+        ({"grads": lambda t: [t[0][:3], *t[1:]]}, r"grads\[0\] has shape \[3, 300\] but its parameter has \[4, 300\]"),
+        ({"steps": lambda t: [torch.ones(2), *t[1:]]}, r"steps\[0\] must be one number"),
+        ({"states": lambda t: [t[0].int(), *t[1:]]}, r"states\[0\] must be uint8 or float32, got int32"),
+        ({"states": lambda t: [t[0].float(), *t[1:]]}, r"states\[1\]: the states of a parameter are all"),
+        ({"absmax": lambda t: [torch.ones(3), *t[1:]]}, r"absmax\[0\] has shape \[3\], which does not fit"),
+        ({"absmax": lambda t: [torch.ones(5), *t[1:]]}, "have the same rows"),
+        ({"compensation": lambda t: [torch.ones(4, 300).half()] * 4}, r"compensation\[0\] must be of its parameter"),
+    ],
+    ids=lambda v: None if isinstance(v, dict) else v[:24],
+)
+def test_errors_name_the_values(change: dict[str, object], message: str):
+    lists, _ = changed(**change)
+    with pytest.raises(RuntimeError, match=message):
+        octavo.ops.optim_table(*lists, IDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("adamw", [0.0] * 15), "unknown rule 'adamw'"),
+        (("adam", [0.0] * 14), "hyper must hold 15 numbers, got 14"),
+        (("lion", [0.0] * 15), "rule 'lion' has 1 states per parameter, got 2"),
+        (("adam", [0.0] * 15, torch.ones(2)), r"lr must be one number, got shape \[2\]"),
+    ],
+)
+def test_errors_of_a_step(arguments: tuple[object, ...], message: str):
+    lists, _ = changed()
+    table = octavo.ops.optim_table(*lists, IDS)
+    with pytest.raises(RuntimeError, match=message):
+        octavo.ops.optim_step(*lists, torch.zeros(1, dtype=torch.int64), table, *arguments)
+    with pytest.raises(RuntimeError, match=r"the table does not belong to these tensors: it has \d+ words instead of"):
+        octavo.ops.optim_step(*lists, torch.zeros(1, dtype=torch.int64), table[1:], "adam", [0.0] * 15)
