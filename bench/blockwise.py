@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from octavo import ops, reference_optim
 from rich.console import Console
 from torch import Tensor
-
-from octavo import ops, reference_optim
 
 from . import cases, common, limits
 from .common import Record, Row
