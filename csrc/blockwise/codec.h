@@ -108,7 +108,7 @@ struct StateCodec<V, false> {
   F moment(const uint8_t* codes, int n = V::kWidth) const {
     const F x = V::fma(V::to_float(V::load_codes(codes, n)), V::set(2.0f), V::set(-254.0f));
     const U d = V::template shift_right<23>(V::bits(x));
-    return V::fma(x, V::lookup(moments.step, d), V::with_sign_of(V::lookup(moments.base, d), x));
+    return V::fma(x, V::lookup(moments.step, d), V::times_sign_of(V::lookup(moments.base, d), x));
   }
   F root(const uint8_t* codes, int n = V::kWidth) const {
     const F x = V::add(V::to_float(V::load_codes(codes, n)), V::set(1.0f));

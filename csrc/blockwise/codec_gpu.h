@@ -1,6 +1,6 @@
 #pragma once
-// Codes to values and back on a GPU (and the host SIMT machine): the results of common/codebook.h, from tables in shared
-// memory that no pattern of codes or values makes slow, since the lanes of a warp never meet in a bank.
+// Codes to values and back on a GPU (and the host SIMT machine): the results of common/codebook.h, from tables in
+// shared memory that no pattern of codes or values makes slow, since the lanes of a warp never meet in a bank.
 #include "common/codebook.h"
 #include "common/launch.h"
 #include "common/numeric.h"

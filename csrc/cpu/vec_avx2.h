@@ -115,6 +115,7 @@ struct Vec {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F with_sign_of(F v, F sign) { return _mm256_or_ps(v, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+  static F times_sign_of(F v, F sign) { return _mm256_xor_ps(v, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
   static F sign(F v) {  // 0 for 0
     return with_sign_of(_mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_OQ), set(1.0f)), v);
   }

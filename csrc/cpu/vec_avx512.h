@@ -66,6 +66,10 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v), _mm512_castps_si512(sign),
                                                          _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xf8));
   }
+  static F times_sign_of(F v, F sign) {  // v ^ (sign & 0x80000000)
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v), _mm512_castps_si512(sign),
+                                                         _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0x78));
+  }
   static F sign(F v) {  // 0 for 0
     return with_sign_of(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ), set(1.0f)), v);
   }

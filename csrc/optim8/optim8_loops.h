@@ -171,6 +171,7 @@ struct StepLoops {
                         step.stochastic, key_of_block(key, place.first));
           });
       }
+      if (waiting.any) encode_waiting(t);
       return left_alone;
     }
 
