@@ -198,7 +198,7 @@ HD uint32_t nearest_code(float v, const float* thresholds) {
 // ---- optimizer states: the arithmetic as it is ----
 //
 // A step decodes and encodes every state once, so what corrections and doubtful thresholds would cost is left out
-// there: a code's value is within 5 units in the last place of the published one, and a code that is not the nearest
+// there: a code's value is within 8 units in the last place of the published one, and a code that is not the nearest
 // lies less than 2^-16 of a level from the middle to it. These two functions are that arithmetic; vector forms equal
 // them.
 
