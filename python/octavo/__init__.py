@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  loads the libraries that _C links to
 
-from . import _C, nn, reference
+from . import _C, nn, optim, reference
 from ._version import __version__
 from .autograd import int8_linear_train, int8_matmul
 from .ops import (
+    dequantize_blockwise,
     dequantize_rowwise,
     extract_columns,
     extract_int8_columns,
@@ -17,6 +18,9 @@ from .ops import (
     int8_gemm,
     int8_linear,
     int8_mm,
+    optim_step,
+    optim_table,
+    quantize_blockwise,
     quantize_columnwise,
     quantize_rowwise,
     quantize_rowwise_columnwise,
@@ -33,6 +37,7 @@ __all__ = [
     "Report",
     "__version__",
     "cuda_built",
+    "dequantize_blockwise",
     "dequantize_rowwise",
     "extract_columns",
     "extract_int8_columns",
@@ -44,6 +49,10 @@ __all__ = [
     "int8_mm",
     "load_quantized",
     "nn",
+    "optim",
+    "optim_step",
+    "optim_table",
+    "quantize_blockwise",
     "quantize_columnwise",
     "quantize_model",
     "quantize_rowwise",

@@ -311,3 +311,180 @@ def _(
 ) -> Tensor:
     _check_devices("int8_linear", x, weight, weight_scale, bias, outlier_slot, outlier_weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# ---- 8-bit blocks --------------------------------------------------------------------------------------------------
+
+
+def quantize_blockwise(
+    x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize blocks of consecutive elements to 8 bits, each by its own absmax (arXiv 2110.02861, section 2).
+
+    With block b the elements ``[b * blocksize, (b + 1) * blocksize)`` of the flattened x (the last may be shorter)::
+
+        absmax[b] = max |x[i]|  over the finite elements of the block
+        codes[i] = the code whose value is nearest to x[i] * (1 / absmax[b]), in fp32; of two, the lower
+
+    The codes are those of the dynamic map of section 2.1, `octavo.reference.dynamic_map`: seven decades of equal
+    cells, signed with 127 as the code of 0, unsigned with 0. NaN has the code of 0, +-Inf the outermost code of its
+    sign; neither changes the rest of its block. A block whose absmax is below 2**-126 is all the code of 0, its absmax
+    stored as 0.
+
+    Args:
+        x: any shape, fp32, fp16 or bf16.
+        blocksize: a power of two from 64 to 4096.
+        signed: which dynamic map.
+        code: fp32 [256], finite and ascending: a code book to use instead; its value nearest to 0 then stands for 0.
+
+    Returns:
+        codes uint8 of x's shape and absmax fp32 [ceil(numel / blocksize)].
+
+    Raises:
+        RuntimeError: wrong dtype, device or blocksize, a code book of another shape or (on the CPU) order.
+    """
+    return torch.ops.octavo.quantize_blockwise(x, blocksize, signed, code)
+
+
+@_fake("quantize_blockwise")
+def _(x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    _check_devices("quantize_blockwise", x, code)
+    blocks = (x.numel() + blocksize - 1) // blocksize
+    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((blocks,), dtype=torch.float32)
+
+
+def dequantize_blockwise(
+    codes: Tensor,
+    absmax: Tensor,
+    dtype: torch.dtype = torch.float32,
+    blocksize: int = 256,
+    signed: bool = True,
+    code: Tensor | None = None,
+) -> Tensor:
+    """``value[codes[i]] * absmax[i // blocksize]``, computed in fp32 and rounded once to `dtype`.
+
+    Args:
+        codes: uint8, any shape.
+        absmax: fp32 [ceil(numel / blocksize)].
+        dtype: of the result: fp32, fp16 or bf16.
+        blocksize, signed, code: as for `quantize_blockwise`.
+    """
+    return torch.ops.octavo.dequantize_blockwise(codes, absmax, dtype, blocksize, signed, code)
+
+
+@_fake("dequantize_blockwise")
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    dtype: torch.dtype,
+    blocksize: int = 256,
+    signed: bool = True,
+    code: Tensor | None = None,
+) -> Tensor:
+    _check_devices("dequantize_blockwise", codes, absmax, code)
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+# ---- optimizers over many tensors ----------------------------------------------------------------------------------
+
+
+def optim_table(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    compensation: list[Tensor],
+    ids: list[int],
+) -> Tensor:
+    """The table of addresses that `optim_step` reads, for these very tensors in this order; `ids` number the
+    parameters for stochastic rounding.
+
+    Returns int64 [words] on the CPU: to be moved to the parameters' device, and to be made anew when any tensor is
+    another or lies elsewhere. Checks all that `optim_step` checks of its lists.
+    """
+    return torch.ops.octavo.optim_table(params, grads, steps, states, absmax, compensation, ids)
+
+
+_TABLE_WORDS, _BLOCK, _CHUNK_BLOCKS = 17, 256, 32
+
+
+def table_words(params: list[Tensor], absmax: list[Tensor]) -> int:
+    """Length of the table: 17 words per parameter, then half a word for each chunk of 32 blocks."""
+    chunks, each = 0, len(absmax) // max(len(params), 1)
+    for i, param in enumerate(params):
+        flat = (param.numel() + _BLOCK - 1) // _BLOCK
+        blocks = absmax[i * each].numel() or flat if each else flat  # an fp32 state has no absmax
+        chunks += (blocks + _CHUNK_BLOCKS - 1) // _CHUNK_BLOCKS
+    return _TABLE_WORDS * len(params) + (chunks + 1) // 2
+
+
+@_fake("optim_table")
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    compensation: list[Tensor],
+    ids: list[int],
+) -> Tensor:
+    return torch.empty((table_words(params, absmax),), dtype=torch.int64, device="cpu")
+
+
+def optim_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    compensation: list[Tensor],
+    nonfinite: Tensor,
+    table: Tensor,
+    rule: str,
+    hyper: list[float],
+    lr: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_factor: Tensor | None = None,
+    maximize: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> None:
+    """One step of an optimizer over many parameters of one device, in place; `octavo.optim` is made of it.
+
+    States are decoded, updated in fp32 and encoded again within one pass: moments by the signed dynamic map, of a
+    second moment v its root sqrt(v) by the unsigned map, where what is above 0 gets at least code 1. An element whose
+    gradient or new state is NaN or Inf is left alone, state and parameter, and counted.
+
+    Args:
+        params: contiguous, fp32, fp16 or bf16.
+        grads: of the same shapes, any of these dtypes.
+        steps: fp32, one element each: the number of this step, from 1 on.
+        states: for parameter i of n, ``states[i * k + s]`` are its k states in the rule's order, moments first: uint8
+            codes or fp32, of the parameter's shape.
+        absmax: of each state: fp32 [ceil(numel / 256)], or [rows, ceil(numel / rows / 256)] for blocks that do not
+            cross rows; no elements for an fp32 state.
+        compensation: empty, or per parameter Kahan's compensation in its 16-bit dtype, or no elements.
+        nonfinite: int64 [1], to which the count of elements left alone is added.
+        table: from `optim_table` of the same lists.
+        rule: sgd, momentum, adam, rmsprop, rmsprop_momentum, adagrad, lion, ademamix, lamb or lars.
+        hyper: lr, weight_decay, eps, beta1, beta2, beta3, dampening, alpha, alpha_steps, beta3_steps, lr_decay,
+            trust_coefficient, decoupled, nesterov, bias_correction; a rule reads those it knows.
+        lr: fp32, one element: replaces that of `hyper`.
+        grad_scale: fp32, one element: gradients are divided by it.
+        found_inf: fp32, one element: where it is not 0, nothing changes.
+        grad_factor: fp32, one element: gradients are multiplied by it.
+        maximize: step along the gradient.
+        stochastic: round bf16 parameters up or down at random, the nearer the likelier.
+        seed: of the random numbers, with the parameters' ids and step numbers.
+    """
+    torch.ops.octavo.optim_step(
+        params, grads, steps, states, absmax, compensation, nonfinite, table, rule, hyper, lr, grad_scale, found_inf,
+        grad_factor, maximize, stochastic, seed,
+    )  # fmt: skip
+
+
+@_fake("optim_step")
+def _(params: list[Tensor], *arguments: object, **options: object) -> None:
+    return None

@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from .reference_optim import optim_step as optim_step
+from .reference_optim import optim_table as optim_table
+
 _MIN_ABSMAX = 2.0**-120
 
 
@@ -130,3 +133,60 @@ def int8_linear(
         full_weight[:, kept] = outlier_weight.double()[outlier_slot[kept].long()].T
     out = int8_gemm(codes, weight, scale, weight_scale, bias)
     return out + x.double()[..., is_outlier] @ full_weight[:, is_outlier].T
+
+
+# ---- 8-bit blocks --------------------------------------------------------------------------------------------------
+
+_MIN_BLOCK_ABSMAX = 2.0**-126
+
+
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The dynamic map of arXiv 2110.02861 (section 2.1): fp32 [256], ascending.
+
+    Decade i of seven, from 1e-6 to 1, is [0.1, 1] in equal cells, the centres of which are values: 2**i of them with
+    either sign, or 2**(i + 1) without; then 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        bounds = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
+        centres = (10 ** (i - 6)) * ((bounds[:-1] + bounds[1:]) / 2)
+        values += centres.tolist() + ((-centres).tolist() if signed else [])
+    return torch.tensor(sorted(values))
+
+
+def thresholds(code: Tensor) -> Tensor:
+    """Exact midpoints of neighbouring values, in float64: a value's code is the number of them below it."""
+    values = code.double()
+    return (values[:-1] + values[1:]) / 2
+
+
+def _code_of(values: Tensor, code: Tensor) -> Tensor:
+    return torch.searchsorted(thresholds(code), values.double().contiguous())
+
+
+def quantize_blockwise(
+    x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    book = dynamic_map(signed).to(x.device) if code is None else code
+    flat = x.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
+    absmax = torch.where(blocks.isfinite(), blocks.abs(), 0.0).amax(1)
+    absmax = torch.where(absmax < _MIN_BLOCK_ABSMAX, 0.0, absmax)
+    inverse = torch.where(absmax == 0, 0.0, torch.div(torch.tensor(1.0), absmax))
+    scaled = blocks * inverse[:, None]
+    zero = _code_of(torch.zeros(1, device=x.device), book)
+    codes = torch.where(scaled.isnan(), zero, _code_of(scaled.nan_to_num(nan=0.0, posinf=3e38, neginf=-3e38), book))
+    return codes.flatten()[: len(flat)].view(x.shape).to(torch.uint8), absmax
+
+
+def dequantize_blockwise(
+    codes: Tensor,
+    absmax: Tensor,
+    dtype: torch.dtype = torch.float32,
+    blocksize: int = 256,
+    signed: bool = True,
+    code: Tensor | None = None,
+) -> Tensor:
+    book = dynamic_map(signed).to(codes.device) if code is None else code
+    scale = absmax.repeat_interleave(blocksize)[: codes.numel()]
+    return (book[codes.long()] * scale.view(codes.shape)).to(dtype)

@@ -1,0 +1,30 @@
+"""Optimizers with 8-bit states (arXiv 2110.02861): drop-in for those of torch.optim, on the CPU and on GPUs.
+
+Each is a `torch.optim.Optimizer` with torch's arguments and meaning, and the options of `Optimizer8bit`.
+"""
+
+from ._base import Optimizer8bit
+from ._rules import (
+    Adagrad8bit,
+    Adam8bit,
+    AdamW8bit,
+    AdEMAMix8bit,
+    LAMB8bit,
+    LARS8bit,
+    Lion8bit,
+    RMSprop8bit,
+    SGD8bit,
+)
+
+__all__ = [
+    "AdEMAMix8bit",
+    "Adagrad8bit",
+    "Adam8bit",
+    "AdamW8bit",
+    "LAMB8bit",
+    "LARS8bit",
+    "Lion8bit",
+    "Optimizer8bit",
+    "RMSprop8bit",
+    "SGD8bit",
+]

@@ -1,0 +1,470 @@
+"""The step that all optimizers share: gather lists, one `octavo.ops.optim_step` per parameter group and device."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, cast, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # its public name would import the compiler at once
+
+from .. import ops
+from . import _load, _state
+from ._foreach import advance, total_norm
+from ._state import FLOATS, RULES, Names, State
+
+FORMAT_VERSION = 1
+_TABLES_KEPT = 16  # per group and device: gradients may alternate between a few addresses
+_HYPER = (
+    *("lr", "weight_decay", "eps", "beta1", "beta2", "beta3", "dampening", "alpha", "alpha_steps", "beta3_steps"),
+    *("lr_decay", "trust_coefficient", "decoupled", "nesterov", "bias_correction"),
+)
+
+
+class Options(TypedDict, total=False):
+    """Options of every optimizer and parameter group, beside those of its rule."""
+
+    maximize: bool
+    foreach: bool | None
+    capturable: bool
+    differentiable: bool
+    fused: bool | None
+    bits: int
+    min_8bit_size: int
+    rounding: str
+    seed: int
+    max_grad_norm: float | None
+
+
+_OPTION_DEFAULTS = Options(
+    maximize=False,
+    foreach=None,
+    capturable=False,
+    differentiable=False,
+    fused=None,
+    bits=8,
+    min_8bit_size=4096,
+    rounding="nearest",
+    seed=0,
+    max_grad_norm=None,
+)
+# What has to be 0 or positive, where a group has it.
+_NOT_NEGATIVE = (
+    *("weight_decay", "eps", "momentum", "alpha", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
+    *("t_alpha", "t_beta3", "max_grad_norm"),
+)
+
+
+@dataclass
+class _Launch:
+    """The lists of one call: the parameters of one group on one device that have gradients."""
+
+    group: dict[str, Any]
+    index: int
+    rule: str
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    absmax: list[Tensor] = field(default_factory=list)
+    compensation: list[Tensor] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    table: Tensor | None = None
+
+    def key(self) -> tuple[object, ...]:
+        """Equal only for tensors at the same places."""
+        lists = (self.params, self.grads, self.steps, self.states, self.absmax, self.compensation)
+        addresses = tuple(address for tensors in lists for address in map(Tensor.data_ptr, tensors))
+        return addresses, tuple([p.dtype for p in self.params]), tuple([g.dtype for g in self.grads]), tuple(self.ids)
+
+
+class Optimizer8bit(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` whose states are 8-bit codes (arXiv 2110.02861), stepped by one kernel per parameter
+    group and device, without host synchronisation.
+
+    Options of every parameter group, beside those of the rule:
+
+    Args:
+        maximize: step along the gradient.
+        bits: 8, or 32 for fp32 states in the format of torch.optim.
+        min_8bit_size: parameters with fewer elements keep fp32 states.
+        rounding: of 16-bit parameters: "nearest"; "stochastic" (bf16), up or down at random, the nearer the likelier;
+            "kahan", which keeps in one more tensor of 16 bit what rounding cuts off, for the next step.
+        seed: of stochastic rounding; a step's random numbers depend on it, the step and the parameter's position.
+        max_grad_norm: gradients are scaled by ``min(1, max_grad_norm / (norm + 1e-6))`` on the way, as
+            `torch.nn.utils.clip_grad_norm_` would, with the norm of all gradients of the groups that set this. The
+            norm of the last step is in the attribute `grad_norm`. A norm that is NaN or Inf leaves these groups'
+            parameters alone.
+        foreach, fused, capturable: accepted and without effect: there is one implementation, and it can be captured
+            (with lr a tensor on the device, if it is to change between replays).
+        differentiable: only False.
+
+    States are made at a parameter's first step: `bits` and `min_8bit_size` take effect then, or when a state is loaded.
+    A parameter with an attribute ``octavo_state_bits = 32`` (`octavo.nn.StableEmbedding` sets it) keeps fp32 states.
+    Elements whose gradient or new state is NaN or Inf are left alone: see `nonfinite_count`.
+
+    Sharded parameters (DTensor, as FSDP2 makes them) have sharded states, in 8 bit where they are sharded along
+    dimension 0 in rows of at least 64 elements. `load_state_dict` also reads states of torch.optim and bitsandbytes.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
+    grad_norm: Tensor | None = None
+
+    def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
+        if unknown := set(options) - set(_OPTION_DEFAULTS):
+            raise TypeError(
+                f"{type(self).__name__} has no option {', '.join(sorted(unknown))}; beside those of its rule it has "
+                f"{', '.join(_OPTION_DEFAULTS)}"
+            )
+        self._reset_caches()
+        super().__init__(params, {**defaults, **_OPTION_DEFAULTS, **options, "format_version": FORMAT_VERSION})
+
+    # ---- of the rule: subclasses ----
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        """What the rule reads beside lr, weight_decay and eps."""
+        raise NotImplementedError
+
+    def _initial(self, group: dict[str, Any]) -> float:
+        """What a second moment starts with."""
+        return 0.0
+
+    def _check_rule(self, group: dict[str, Any]) -> None:
+        """ValueError where the group's options do not go together."""
+
+    # ---- checks ----
+
+    def _check_group(self, group: dict[str, Any], index: int) -> None:
+        where = f"{type(self).__name__}: parameter group {index}"
+
+        def refuse(name: str, wanted: str) -> None:
+            raise ValueError(f"{where}: {name} must be {wanted}, got {group[name]!r}")
+
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{where}: lr must be one number, got a tensor of shape {list(lr.shape)}")
+        if not 0.0 <= float(lr) < math.inf:
+            refuse("lr", "0 or positive")
+        for name in _NOT_NEGATIVE:
+            if (value := group.get(name)) is not None and not 0.0 <= value < math.inf:
+                refuse(name, "0 or positive")
+        for i, beta in enumerate(group.get("betas", ())):
+            if not 0.0 <= float(beta) < 1.0:
+                raise ValueError(f"{where}: betas[{i}] must lie in [0, 1), got {group['betas']!r}")
+        if group["bits"] not in (8, 32):
+            refuse("bits", "8 or 32")
+        if isinstance(size := group["min_8bit_size"], bool) or not isinstance(size, int) or size < 0:
+            refuse("min_8bit_size", "0 or a positive whole number")
+        if group["rounding"] not in ("nearest", "stochastic", "kahan"):
+            refuse("rounding", "'nearest', 'stochastic' or 'kahan'")
+        if isinstance(seed := group["seed"], bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+            refuse("seed", "a whole number of 64 bits")
+        if group.get("differentiable"):
+            raise ValueError(f"{where}: differentiable=True is not supported: the kernels have no derivative")
+        if group.get("amsgrad"):
+            raise ValueError(f"{where}: amsgrad=True is not supported: there is no rule that keeps a maximum")
+        self._check_rule(group)
+
+    def _named(self, group: dict[str, Any], position: int, number: int) -> str:
+        names = group.get("param_names")
+        return f"{type(self).__name__}: parameter {number}" + (f" ({names[position]!r})" if names else "")
+
+    def _check_param(self, group: dict[str, Any], param: Tensor, where: str) -> None:
+        if param.dtype not in FLOATS:
+            raise ValueError(f"{where} must be float32, float16 or bfloat16, got {_dtype(param)} {list(param.shape)}")
+        if group["rounding"] == "stochastic" and param.dtype is torch.float16:
+            raise ValueError(f"{where}: rounding='stochastic' is for bfloat16, got float16 {list(param.shape)}")
+        if self._rule(group) in ("lamb", "lars") and _state.is_dtensor(param):
+            raise ValueError(
+                f"{where} is a DTensor of shape {list(param.shape)}: {type(self).__name__} needs the norms of whole "
+                "parameters, which their shards do not have"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as `torch.optim.Optimizer.add_param_group`."""
+        super().add_param_group(param_group)
+        group, first = self.param_groups[-1], sum(len(g["params"]) for g in self.param_groups[:-1])
+        try:
+            self._check_group(group, len(self.param_groups) - 1)
+            for i, param in enumerate(group["params"]):
+                self._check_param(group, param, self._named(group, i, first + i))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_launch_entry(self, param: Tensor, grad: Tensor, state: State, where: str) -> None:
+        """What may have changed since the last step; the lengths of lists of blocks are the operator's to check."""
+        if grad.dtype not in FLOATS:
+            raise ValueError(f"{where}: its gradient must be float32, float16 or bfloat16, got {_dtype(grad)}")
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or name == "step":
+                continue
+            value = _state.local_of(value)
+            if value.device != param.device:
+                raise ValueError(
+                    f"{where} is on {param.device} but its {name} on {value.device}: move a model before its first "
+                    "step, or load the optimizer's state again after moving it"
+                )
+            if not name.endswith("_absmax") and name != "compensation" and value.shape != param.shape:
+                raise ValueError(
+                    f"{where} has shape {list(param.shape)} but its {name} {list(value.shape)}: it was resized after "
+                    "its first step"
+                )
+
+    # ---- step ----
+
+    def _reset_caches(self) -> None:
+        self._tables: dict[tuple[int, torch.device], OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]] = {}
+        self._captured: list[tuple[Tensor, Tensor]] = getattr(self, "_captured", [])  # CUDA graphs read these tables
+        self._nonfinite: dict[torch.device, Tensor] = getattr(self, "_nonfinite", {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_caches()
+
+    def _complete_state(self, group: dict[str, Any], rule: str, param: Tensor, where: str) -> State:
+        """The parameter's state, made or completed."""
+        names, state = RULES[rule], self.state[param]
+        self._check_param(group, param, where)
+        quantized = any(name in state for name in names.absmax)
+        if not quantized and not any(name in state for name in names.plain):
+            quantized = _state.wants_8bit(group, param)
+        for i, name in enumerate(names.codes if quantized else names.plain):
+            if name not in state:
+                fill = 0.0 if names.signed[i] else self._initial(group)
+                _state.add_state(state, param, names, quantized, i, fill)
+        if "step" not in state:
+            state["step"] = _state.new_step(param)
+        if group["rounding"] == "kahan" and param.dtype is not torch.float32 and "compensation" not in state:
+            _state.add_compensation(state, param)
+        return cast(State, state)
+
+    def _gather(self) -> tuple[list[_Launch], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """The calls of this step; all step counters, also those of parameters with no elements here; and, of groups
+        with clipping, parameters with their gradients. Everything is checked before anything is changed."""
+        launches: list[_Launch] = []
+        counters: list[Tensor] = []
+        clipped: list[tuple[Tensor, Tensor]] = []
+        dtensor, wide, number = _state.dtensor_type(), torch.float32, -1
+        for index, group in enumerate(self.param_groups):
+            rule, by_device = self._rule(group), dict[torch.device, _Launch]()
+            names, kahan, clips = RULES[rule], group["rounding"] == "kahan", group["max_grad_norm"] is not None
+            for position, param in enumerate(group["params"]):
+                number += 1
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.layout is not torch.strided:
+                    raise ValueError(
+                        f"{self._named(group, position, number)} has a gradient of layout {grad.layout}: only dense "
+                        "ones are supported (an Embedding's, for one, with sparse=False)"
+                    )
+                try:
+                    step, values, absmax, kept = _read(self.state[param], names, kahan and param.dtype is not wide)
+                except KeyError:
+                    state = self._complete_state(group, rule, param, self._named(group, position, number))
+                    step, values, absmax, kept = _read(state, names, kahan and param.dtype is not wide)
+                p, g = cast(Tensor, param), grad
+                if dtensor is not None and isinstance(param, dtensor):
+                    if isinstance(g, dtensor) and g.placements != param.placements:
+                        g = g.redistribute(placements=param.placements)
+                    p, g = _state.local_of(p), _state.local_of(g)
+                    values, absmax = [_state.local_of(v) for v in values], [_state.local_of(a) for a in absmax]
+                    kept = None if kept is None else _state.local_of(kept)
+                counters.append(step)
+                if clips:
+                    clipped.append((param, g))
+                if p.numel() == 0:
+                    continue
+                launch = by_device.get(p.device)
+                if launch is None:
+                    launch = by_device[p.device] = _Launch(group, index, rule, p.device)
+                if not p.is_contiguous():
+                    launch.copies.append((p, copy := p.contiguous()))
+                    p = copy
+                launch.params.append(p)
+                launch.grads.append(g if g.is_contiguous() else g.contiguous())
+                launch.steps.append(step)
+                launch.states += values
+                launch.absmax += absmax or [self._empty(p.device)] * len(names.plain)
+                if kahan:
+                    launch.compensation.append(self._empty(p.device) if kept is None else kept)
+                launch.ids.append(number)
+            launches += by_device.values()
+        for launch in launches:
+            self._find_table(launch)
+        return launches, counters, clipped
+
+    @staticmethod
+    def _empty(device: torch.device) -> Tensor:
+        """Stands for no absmax and no compensation."""
+        if device not in _EMPTY:
+            _EMPTY[device] = torch.empty(0, device=device)
+        return _EMPTY[device]
+
+    def _find_table(self, launch: _Launch) -> None:
+        key, cache = launch.key(), self._tables.setdefault((launch.index, launch.device), OrderedDict())
+        if key in cache:
+            cache.move_to_end(key)
+        else:
+            self._check_launch(launch)
+            host = ops.optim_table(
+                launch.params,
+                launch.grads,
+                launch.steps,
+                launch.states,
+                launch.absmax,
+                launch.compensation,
+                launch.ids,
+            )
+            if launch.device.type == "cpu":
+                cache[key] = (host, host)
+            else:
+                host = host.pin_memory()
+                cache[key] = (host.to(launch.device, non_blocking=True), host)
+            while len(cache) > _TABLES_KEPT:
+                cache.popitem(last=False)
+        if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(cache[key])
+        launch.table = cache[key][0]
+
+    def _check_launch(self, launch: _Launch) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        first = sum(len(group["params"]) for group in self.param_groups[: launch.index])
+        for number, p, g in zip(launch.ids, launch.params, launch.grads, strict=True):
+            where = self._named(launch.group, number - first, number)
+            self._check_param(launch.group, params[number], where)
+            self._check_launch_entry(p, g, self.state[params[number]], where)
+
+    def _clip(self, clipped: list[tuple[Tensor, Tensor]], scale: Tensor | None) -> None:
+        """Sets grad_norm, on the device of the first gradient."""
+        norm = total_norm(clipped)
+        self.grad_norm = norm if scale is None else norm / scale.to(norm.device, torch.float32, non_blocking=True)
+
+    def _launch(self, launch: _Launch, scale: Tensor | None, found: Tensor | None) -> None:
+        group, device = launch.group, launch.device
+        lr, factor = group["lr"], None
+        lr_value, lr_tensor = 0.0, None
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            lr_tensor = lr.detach().to(device, torch.float32, non_blocking=True)
+        else:
+            lr_value = float(lr)
+        if group["max_grad_norm"] is not None and self.grad_norm is not None:
+            norm = self.grad_norm.to(device, non_blocking=True)
+            # The second term makes a norm of Inf a factor of NaN, which leaves everything alone.
+            factor = (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0) + 0.0 * norm
+        if device not in self._nonfinite:
+            self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        hyper = {"lr": lr_value, "weight_decay": group["weight_decay"], "eps": group.get("eps", 0.0)}
+        hyper.update(self._hyper(group))
+        assert launch.table is not None
+        ops.optim_step(
+            launch.params,
+            launch.grads,
+            launch.steps,
+            launch.states,
+            launch.absmax,
+            launch.compensation,
+            self._nonfinite[device],
+            launch.table,
+            launch.rule,
+            [float(hyper.get(name, 0.0)) for name in _HYPER],
+            lr_tensor,
+            None if scale is None else scale.to(device, torch.float32, non_blocking=True),
+            None if found is None else found.to(device, torch.float32, non_blocking=True),
+            factor,
+            bool(group["maximize"]),
+            group["rounding"] == "stochastic",
+            group["seed"],
+        )
+        for param, copy in launch.copies:
+            param.copy_(copy)
+        torch.autograd.graph.increment_version(launch.params)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. closure: computes the loss and its gradients again, and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        launches, counters, clipped = self._gather()
+        if clipped:
+            self._clip(clipped, scale)
+        advance(counters, None)
+        for launch in launches:
+            self._launch(launch, scale, found)
+        if found is not None:  # then nothing was changed, and this was no step
+            advance(counters, found)
+        return loss
+
+    # ---- counts of what was left alone ----
+
+    def nonfinite_count(self) -> int:
+        """How many elements were left alone so far because their gradient or new state was NaN or Inf. Waits for the
+        device, as nothing else here does."""
+        return sum(int(count) for count in self._nonfinite.values())
+
+    def reset_nonfinite_count(self) -> None:
+        """Start counting from 0."""
+        for count in self._nonfinite.values():
+            count.zero_()
+
+    # ---- persistence ----
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state: one of this class's `state_dict`, exactly; of torch.optim's optimizer of the same rule, whose
+        fp32 states are quantized where this optimizer has 8 bit; or of bitsandbytes, in 8 or 32 bit.
+
+        Options that the file names replace those here, others stay. States keep their dtypes, and are in 8 bit or fp32
+        as the groups' options then say. Everything is checked, and converted, before anything here changes.
+
+        Raises:
+            ValueError: a newer format, states or groups that do not fit the parameters, options that are not supported.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            if (replaced := pre_hook(self, state_dict)) is not None:
+                state_dict = replaced
+        groups = _load.merge_groups(self, state_dict["param_groups"], FORMAT_VERSION)
+        for index, group in enumerate(groups):
+            self._check_group(group, index)
+        state = _load.convert(self, state_dict, groups)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+def _read(
+    state: State, names: Names, with_compensation: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    """A parameter's step, states, absmax (none in 32 bit) and compensation; KeyError where one is missing."""
+    quantized = bool(names.absmax) and names.absmax[0] in state
+    values = [state[key] for key in (names.codes if quantized else names.plain)]
+    absmax = [state[key] for key in names.absmax] if quantized else []
+    return state["step"], values, absmax, state["compensation"] if with_compensation else None
+
+
+_EMPTY: dict[torch.device, Tensor] = {}
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

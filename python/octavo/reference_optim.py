@@ -1,0 +1,430 @@
+"""The optimizers' operators in plain PyTorch, as `octavo.reference` has them: what `optim_table` holds, and one step of
+each rule with its roundings.
+
+The arithmetic is fp32 in a stated order with fused multiply-adds, which are computed here in float64, rounded to odd
+and then to fp32: exactly. The kernels may decode and encode states by arithmetic that is a few units in the last
+place off, and sum norms in another order: their codes are compared within one code in rare cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK, _CHUNK_BLOCKS, _WORDS = 256, 32, 17
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+HYPER = (
+    *("lr", "weight_decay", "eps", "beta1", "beta2", "beta3", "dampening", "alpha", "alpha_steps", "beta3_steps"),
+    *("lr_decay", "trust_coefficient", "decoupled", "nesterov", "bias_correction"),
+)
+# Rule -> moments, whether it has a second moment, which is the last state.
+STATES = {
+    "sgd": (0, False),
+    "momentum": (1, False),
+    "adam": (1, True),
+    "rmsprop": (0, True),
+    "rmsprop_momentum": (1, True),
+    "adagrad": (0, True),
+    "lion": (1, False),
+    "ademamix": (2, True),
+    "lamb": (1, True),
+    "lars": (1, False),
+}
+
+
+def _order(params: list[Tensor]) -> list[int]:
+    """Tensors in the order of the table: fp32 parameters, then those in 16 bit."""
+    return sorted(range(len(params)), key=lambda i: params[i].dtype is not torch.float32)
+
+
+def _row(param: Tensor, absmax: Tensor | None) -> int:
+    """Elements of a row, which blocks do not cross."""
+    return param.numel() // absmax.shape[0] if absmax is not None and absmax.dim() == 2 else param.numel()
+
+
+def optim_table(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    compensation: list[Tensor],
+    ids: list[int],
+) -> Tensor:
+    each = len(states) // max(len(params), 1)
+    words: list[int] = []
+    chunks: list[int] = []
+    first_block = 0
+    for position, i in enumerate(_order(params)):
+        param, own, scales = params[i], states[i * each : (i + 1) * each], absmax[i * each : (i + 1) * each]
+        quantized = bool(own) and own[0].dtype is torch.uint8
+        row = _row(param, scales[0] if quantized else None)
+        row_blocks = (row + _BLOCK - 1) // _BLOCK
+        blocks = param.numel() // row * row_blocks if param.numel() else 0
+        kept = compensation[i].data_ptr() if compensation and compensation[i].numel() else 0
+        words += [param.data_ptr(), grads[i].data_ptr()]
+        words += [*(state.data_ptr() for state in own), *([0] * (3 - each))]
+        words += [*(scale.data_ptr() if quantized else 0 for scale in scales), *([0] * (3 - each))]
+        words += [kept, steps[i].data_ptr(), param.numel(), row, row_blocks, first_block, len(chunks)]
+        words += [_DTYPES[param.dtype] | _DTYPES[grads[i].dtype] << 32, int(quantized) | (ids[i] & 0xFFFFFFFF) << 32]
+        chunks += [position] * ((blocks + _CHUNK_BLOCKS - 1) // _CHUNK_BLOCKS)
+        first_block += blocks
+    pairs = torch.tensor(chunks + [0] * (len(chunks) % 2), dtype=torch.int32).view(torch.int64)
+    signed = [word - (1 << 64) if word >= 1 << 63 else word for word in words]
+    return torch.cat([torch.tensor(signed, dtype=torch.int64), pairs])
+
+
+def _ids(table: Tensor, params: list[Tensor]) -> list[int]:
+    """The parameters' ids, which only the table has: the high half of their last word."""
+    ids = [0] * len(params)
+    for position, i in enumerate(_order(params)):
+        ids[i] = int(table[position * _WORDS + _WORDS - 1]) >> 32 & 0xFFFFFFFF
+    return ids
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def _f32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).float())
+
+
+def fma(a: Tensor | float, b: Tensor | float, c: Tensor) -> Tensor:
+    """a * b + c of fp32 numbers, rounded once to fp32."""
+
+    def wide(x: Tensor | float) -> Tensor:
+        return x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=c.device)
+
+    product, other = wide(a) * wide(b), wide(c)  # of 24-bit numbers: exact
+    total = product + other
+    part = total - product
+    error = (product - (total - part)) + (other - part)
+    # Round to odd: where float64 had to round, the last bit becomes 1, so that the second rounding cannot err.
+    bits = total.view(torch.int64)
+    step = torch.where((error > 0) == (total > 0), 1, -1)
+    inexact = (error != 0) & error.isfinite() & (bits & 1 == 0)
+    return torch.where(inexact, bits + step, bits).view(torch.float64).float()
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    return x.double().sqrt().float()  # rounded as once; torch's fp32 sqrt may be a unit off
+
+
+def _whole_power(base: float, exponent: float) -> float:
+    bits, result = int(exponent), 1.0
+    while bits:
+        if bits & 1:
+            result *= base
+        base *= base
+        bits >>= 1
+    return result
+
+
+@dataclass
+class Factors:
+    """The numbers of one step of one tensor, each rounded once to fp32."""
+
+    grad: float
+    shrink: float
+    l2: float
+    size: float
+    beta1: float
+    rest1: float
+    beta2: float
+    rest2: float
+    beta3: float
+    rest3: float
+    root_scale: float = 1.0
+    eps: float = 0.0
+    a: float = 0.0
+    b: float = 0.0
+    trust: float = 1.0
+
+
+def _ademamix_beta3(h: dict[str, float], t: float) -> float:
+    """beta3's schedule of arXiv 2409.03137 (section 3.1)."""
+    part = t / h["beta3_steps"] if h["beta3_steps"] > 0 and t < h["beta3_steps"] else 1.0
+    if part >= 1:
+        return h["beta3"]
+    log1, log3 = math.log(h["beta1"]), math.log(h["beta3"])
+    return min(math.exp(log1 * log3 / ((1 - part) * log3 + part * log1)), h["beta3"])
+
+
+def factors_of(
+    rule: str, h: dict[str, float], lr: float, t: float, grad: float, norms: tuple[float, float] | None
+) -> Factors:
+    """norms: of the parameter and of LAMB's update or LARS's gradient, once they are known."""
+    beta3 = _ademamix_beta3(h, t) if rule == "ademamix" else h["beta3"]
+    decoupled, corrected = h["decoupled"] != 0, h["bias_correction"] != 0
+    f = Factors(
+        grad=grad,
+        shrink=_f32(1 - lr * h["weight_decay"]) if decoupled else 1.0,
+        l2=0.0 if decoupled or rule == "lamb" else _f32(h["weight_decay"]),
+        size=lr,
+        beta1=_f32(h["beta1"]),
+        rest1=_f32(1 - h["beta1"]),
+        beta2=_f32(h["beta2"]),
+        rest2=_f32(1 - h["beta2"]),
+        beta3=_f32(beta3),
+        rest3=_f32(1 - beta3),
+        eps=_f32(h["eps"]),
+    )
+    correction1 = 1 - _whole_power(h["beta1"], t) if corrected else 1.0
+    correction2 = 1 - _whole_power(h["beta2"], t) if corrected else 1.0
+    if rule in ("adam", "ademamix", "lamb"):
+        f.root_scale = _f32(1 / math.sqrt(correction2))
+    if rule == "adam":
+        f.size = lr / correction1
+    elif rule == "adagrad":
+        f.size = lr / (1 + (t - 1) * h["lr_decay"])
+    elif rule == "ademamix":
+        part = t / h["alpha_steps"] if h["alpha_steps"] > 0 and t < h["alpha_steps"] else 1.0
+        f.a, f.b = _f32(1 / correction1), _f32(h["alpha"] * part)
+    elif rule == "lamb":
+        f.a, f.b = _f32(1 / correction1), _f32(h["weight_decay"])
+        if norms and min(norms) > 0:
+            f.size = lr * (norms[0] / norms[1])
+    elif rule in ("momentum", "lars"):
+        if t <= 1:  # torch starts the buffer with the gradient itself
+            f.beta1, f.rest1 = 0.0, 1.0
+        else:
+            f.rest1 = _f32(1 - h["dampening"])
+        f.a, f.b = (_f32(h["beta1"]), 1.0) if h["nesterov"] != 0 else (1.0, 0.0)
+        if rule == "lars" and norms and min(norms) > 0:
+            f.trust = _f32(h["trust_coefficient"] * norms[0] / (norms[1] + h["weight_decay"] * norms[0] + h["eps"]))
+    f.size = _f32(f.size)
+    return f
+
+
+# ---- rules: the direction of the step, and the states after it ------------------------------------------------------
+
+_Direction = Callable[[Factors, Tensor, Tensor, list[Tensor], Tensor], tuple[Tensor, list[Tensor], Tensor]]
+
+
+def _second(f: Factors, g: Tensor, v: Tensor) -> Tensor:
+    return fma(g * g, f.rest2, f.beta2 * v)
+
+
+def _denominator(f: Factors, v: Tensor) -> Tensor:
+    return fma(_sqrt(v), f.root_scale, torch.full_like(v, f.eps))
+
+
+def _toward(rest: float, g: Tensor, m: Tensor) -> Tensor:
+    return fma(rest, g - m, m)
+
+
+def _sgd(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    return fma(f.l2, p, g), [], v
+
+
+def _momentum(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = fma(f.l2, p, g)
+    buffer = fma(f.beta1, m[0], f.rest1 * g)
+    return fma(f.a, buffer, f.b * g), [buffer], v
+
+
+def _lars(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = f.trust * fma(f.l2, p, g)
+    buffer = fma(f.beta1, m[0], f.rest1 * g)
+    return fma(f.a, buffer, f.b * g), [buffer], v
+
+
+def _adam(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = fma(f.l2, p, g)
+    moment, v = _toward(f.rest1, g, m[0]), _second(f, g, v)
+    return moment / _denominator(f, v), [moment], v
+
+
+def _rmsprop(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = fma(f.l2, p, g)
+    v = _second(f, g, v)
+    return g / (_sqrt(v) + f.eps), [], v
+
+
+def _rmsprop_momentum(
+    f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    u, _, v = _rmsprop(f, p, g, m, v)
+    buffer = fma(f.beta1, m[0], u)
+    return buffer, [buffer], v
+
+
+def _adagrad(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = fma(f.l2, p, g)
+    v = fma(g, g, v)
+    return g / (_sqrt(v) + f.eps), [], v
+
+
+def _lion(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = fma(f.l2, p, g)
+    u = fma(f.rest1, g, f.beta1 * m[0])
+    return u.sign().nan_to_num(nan=0.0), [fma(f.rest2, g, f.beta2 * m[0])], v
+
+
+def _ademamix(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    g = fma(f.l2, p, g)
+    fast, slow, v = _toward(f.rest1, g, m[0]), _toward(f.rest3, g, m[1]), _second(f, g, v)
+    return fma(f.b, slow, f.a * fast) / _denominator(f, v), [fast, slow], v
+
+
+def _lamb(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    moment, v = _toward(f.rest1, g, m[0]), _second(f, g, v)
+    return fma(f.b, p, f.a * moment / _denominator(f, v)), [moment], v
+
+
+_RULES: dict[str, _Direction] = {
+    "sgd": _sgd,
+    "momentum": _momentum,
+    "adam": _adam,
+    "rmsprop": _rmsprop,
+    "rmsprop_momentum": _rmsprop_momentum,
+    "adagrad": _adagrad,
+    "lion": _lion,
+    "ademamix": _ademamix,
+    "lamb": _lamb,
+    "lars": _lars,
+}
+
+
+# ---- states and parameters -----------------------------------------------------------------------------------------
+
+
+def _blocks_of(x: Tensor, row: int) -> Tensor:
+    """[blocks, 256] of a flat x, rows of it padded with zeros."""
+    rows = x.view(-1, row) if row else x.view(0, 1)
+    return torch.nn.functional.pad(rows, (0, -row % _BLOCK)).reshape(-1, _BLOCK)
+
+
+def _from_blocks(blocks: Tensor, row: int) -> Tensor:
+    return blocks.reshape(-1, row + -row % _BLOCK)[:, :row].reshape(-1)
+
+
+def _decode(codes: Tensor, absmax: Tensor, row: int, signed: bool) -> Tensor:
+    from .reference import dynamic_map
+
+    blocks = dynamic_map(signed).to(codes.device)[_blocks_of(codes.flatten(), row).long()]
+    return _from_blocks(blocks * absmax.reshape(-1, 1), row)
+
+
+def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor) -> tuple[Tensor, Tensor]:
+    from .reference import quantize_blockwise
+
+    blocks = _blocks_of(x, row)
+    most = torch.maximum(blocks.abs().amax(1), at_least.flatten()) if len(blocks) else at_least.flatten()
+    # A column with the absmax makes it that of the block; it may exceed every element.
+    block = torch.cat([blocks, most[:, None], torch.zeros_like(blocks)[:, 1:]], 1)
+    codes, absmax = quantize_blockwise(block, 2 * _BLOCK, signed)
+    codes = codes.view(-1, 2 * _BLOCK)[:, :_BLOCK]
+    if not signed:  # what is above 0 gets at least code 1
+        codes = torch.where((blocks > 0) & (absmax[:, None] > 0) & (codes == 0), 1, codes).to(torch.uint8)
+    return _from_blocks(codes, row), absmax
+
+
+def _mix(x: Tensor | int) -> Tensor | int:
+    """32 bits of the hash that makes random numbers, in int64."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _round_at_random(x: Tensor, row: int, seed: int, number: int, t: float) -> Tensor:
+    seed &= (1 << 64) - 1
+    key = _mix((seed & 0xFFFFFFFF) + 0x9E3779B9 & 0xFFFFFFFF)
+    for word in (seed >> 32, number, int(t) & 0xFFFFFFFF):
+        key = _mix(key ^ word)
+    index = torch.arange(x.numel(), device=x.device)
+    within = index % row % _BLOCK if row else index  # the block's first element enters apart, for more than 2^32
+    first = index - within
+    high = first >> 32
+    random = _mix((_mix(high ^ key) + first + within) & 0xFFFFFFFF)
+    assert isinstance(random, Tensor)
+    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    bits = bits + torch.where(x.isfinite(), random & 0xFFFF, 0)
+    return (bits >> 16 << 48 >> 48).to(torch.int16).view(torch.bfloat16)
+
+
+def _direction(rule: str, f: Factors, p: Tensor, g: Tensor, old: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The direction, the states after the step, and where the step is valid: where they are finite."""
+    moments, second = STATES[rule]
+    u, new, v = _RULES[rule](f, p, f.grad * g, old[:moments], old[-1] if second else p)
+    new = [*new, v] if second else new
+    finite = (new[-1] if new else u).isfinite()
+    return u, new, finite & new[1].isfinite() if moments == 2 else finite
+
+
+def optim_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    compensation: list[Tensor],
+    nonfinite: Tensor,
+    table: Tensor,
+    rule: str,
+    hyper: list[float],
+    lr: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_factor: Tensor | None = None,
+    maximize: bool = False,
+    stochastic: bool = False,
+    seed: int = 0,
+) -> None:
+    if found_inf is not None and float(found_inf) != 0:
+        return
+    h = dict(zip(HYPER, hyper, strict=True))
+    rate = h["lr"] if lr is None else float(lr)
+    factor = torch.tensor(-1.0 if maximize else 1.0)
+    if grad_factor is not None:
+        factor = factor * grad_factor.cpu().reshape(())
+    if grad_scale is not None:
+        factor = factor / grad_scale.cpu().reshape(())
+    moments, second = STATES[rule]
+    each = moments + second
+    for i, number in enumerate(_ids(table, params)):
+        param, own, scales = params[i], states[i * each : (i + 1) * each], absmax[i * each : (i + 1) * each]
+        kept = compensation[i] if compensation and compensation[i].numel() else None
+        quantized = bool(own) and own[0].dtype is torch.uint8
+        row, t = _row(param, scales[0] if quantized else None), float(steps[i])
+        p, g = param.float().flatten(), grads[i].float().flatten()
+        if kept is not None:
+            p = p + kept.float().flatten()
+        stored = [
+            _decode(state, scale, row, not (second and s == moments)) if quantized else state.flatten()
+            for s, (state, scale) in enumerate(zip(own, scales, strict=True))
+        ]
+        old = [*stored[:-1], stored[-1] * stored[-1]] if quantized and second else stored
+        norms = None
+        if rule in ("lamb", "lars"):
+            first = factors_of(rule, h, rate, t, float(factor), None)
+            other = _direction(rule, first, p, g, old)[0] if rule == "lamb" else g * first.grad
+            valid = other.isfinite()
+            of_param, of_other = (float(x[valid].double().square().sum().sqrt()) for x in (p, other))
+            norms = (of_param, of_other)
+        f = factors_of(rule, h, rate, t, float(factor), norms)
+        shrunk = p * f.shrink
+        u, new, valid = _direction(rule, f, shrunk, g, old)
+        p = torch.where(valid, fma(-f.size, u, shrunk), p)
+        nonfinite += int((~valid).sum())
+        for s, (state, scale, value, before) in enumerate(zip(own, scales, new, stored, strict=True)):
+            root = second and s == moments
+            value = torch.where(valid, _sqrt(value) if root and quantized else value, before)
+            if quantized:
+                # What is left alone keeps its code under the same absmax.
+                left = (_blocks_of(valid.float().neg() + 1, row) > 0).any(1)
+                value, most = _encode(value, row, not root, torch.where(left, scale.flatten(), 0.0))
+                scale.copy_(most.view_as(scale))
+            state.copy_(value.view_as(state))
+        if param.dtype is torch.bfloat16 and stochastic:
+            param.copy_(_round_at_random(p, row, seed, number, t).view_as(param))
+            continue
+        param.copy_(p.view_as(param))
+        if kept is not None:
+            kept.copy_((p - param.float().flatten()).view_as(kept))
