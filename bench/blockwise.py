@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo import ops, reference_optim
+from octavo import ops, reference
 from rich.console import Console
 from torch import Tensor
 
@@ -33,7 +33,7 @@ def torch_dequantize(codes: Tensor, absmax: Tensor, values: Tensor, dtype: torch
 def contenders(x: Tensor, skipped: dict[str, str]) -> tuple[dict[str, Call], dict[str, Call]]:
     """Quantizing x, and dequantizing what came out."""
     codes, absmax = ops.quantize_blockwise(x, BLOCKSIZE)
-    values = reference_optim.dynamic_map(True).to(x.device)
+    values = reference.dynamic_map(True).to(x.device)
     middle = (values[1:] + values[:-1]) / 2
     quantize: dict[str, Call] = {
         "octavo": functools.partial(ops.quantize_blockwise, x, BLOCKSIZE),

@@ -15,8 +15,7 @@ from pathlib import Path
 import octavo.bench
 import pytest
 import torch
-from octavo import _C, evaluate
-from octavo import reference_optim
+from octavo import _C, evaluate, reference
 from octavo.bench import blockwise, cases, common, limits, memory, optim, plot
 from octavo.bench import int8 as family
 from octavo.bench import model as models
@@ -284,7 +283,7 @@ def test_blockwise_rows():
 
 def test_the_blockwise_peer_in_torch_computes_the_same():
     x = torch.randn(2048, generator=torch.Generator().manual_seed(0))
-    values = reference_optim.dynamic_map(True)
+    values = reference.dynamic_map(True)
     codes, absmax = blockwise.torch_quantize(x, (values[1:] + values[:-1]) / 2)
     expected, expected_absmax = blockwise.ops.quantize_blockwise(x)
     assert torch.equal(absmax.flatten(), expected_absmax)
