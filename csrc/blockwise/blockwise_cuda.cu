@@ -14,6 +14,7 @@ namespace octavo::GPU_NS {
 // memory).
 
 constexpr int kQuantizeThreads = 256, kQuantizeWarps = kQuantizeThreads / 32;
+constexpr uint32_t kInfinity = 0x7f800000u;
 constexpr int kWarpElements = 512, kTileElements = kQuantizeWarps * kWarpElements;
 static_assert(kTileElements == kMaxBlocksize);
 
@@ -34,14 +35,9 @@ struct QuantizeTable<Map::own> {
   using Type = OwnThresholds;
 };
 
-// codebook.h's threshold_between, which is a host function.
-__device__ inline float own_threshold(float a, float b) {
-  return __double2float_rd(0.5 * (static_cast<double>(a) + static_cast<double>(b)));
-}
-
 __device__ inline void fill_table(OwnThresholds& table, const float* values) {
   for (unsigned i = threadIdx.x; i < kCodes - 1; i += blockDim.x)
-    table.threshold[i] = own_threshold(values[i], values[i + 1]);
+    table.threshold[i] = threshold_between(values[i], values[i + 1]);
   __syncthreads();
   if (threadIdx.x == 0) table.zero = nearest_code(0.0f, table.threshold);
 }
@@ -53,122 +49,133 @@ constexpr int kQuantizePacks = kWarpElements / (32 * kVectorWidth<T>);
 // The maximum over the aligned group of `lanes` lanes, a power of two, that this one is in.
 __device__ inline uint32_t group_max(uint32_t v, int lanes) {
   if (lanes == 32) return warp_max(v);
-  UNROLL for (int distance = 8; distance > 0; distance /= 2) {
-    if (distance * 2 > lanes) continue;
+  UNROLL for (int distance = 1; distance < 32; distance *= 2) {
+    if (distance >= lanes) break;
     const uint32_t other = __shfl_xor_sync(kFullWarp, v, distance);
     v = other > v ? other : v;
   }
   return v;
 }
 
-// kRows: rows of a warp in a block of x; as many as there are: blocks of 512 elements or more.
+// How a block of x lies in a tile. kRows: rows of a warp in it; where it takes all of them, it may take several warps.
+template <class T, int kRows>
+struct BlockShape {
+  static constexpr int kWidth = kVectorWidth<T>, kRow = 32 * kWidth;
+  static constexpr bool kWide = kRows == kQuantizePacks<T>;
+  int blocksize, lanes, warps;  // lanes of a row, and warps, that share a block
+
+  __device__ explicit BlockShape(int64_t size)
+      : blocksize(static_cast<int>(size)),
+        lanes(blocksize < kRow ? blocksize / kWidth : 32),
+        warps(blocksize > kWarpElements ? blocksize / kWarpElements : 1) {}
+
+  struct Most {
+    uint32_t block;  // the largest magnitude in the block of x
+    bool infinite;   // whether one is, of any that this thread must keep in step with
+  };
+  // v: of what this lane holds of the block. phase: alternates from call to call.
+  __device__ Most most(uint32_t v, uint32_t (&scratch)[2][kQuantizeWarps], int& phase) const {
+    v = group_max(v, lanes);
+    if (kWide && warps > 1) {
+      if (threadIdx.x % 32 == 0) scratch[phase][threadIdx.x / 32] = v;
+      __syncthreads();
+      v = scratch[phase][threadIdx.x % kQuantizeWarps];
+      phase ^= 1;
+      const bool infinite = __any_sync(kFullWarp, v == kInfinity);
+      return {__shfl_sync(kFullWarp, group_max(v, warps), threadIdx.x / 32), infinite};
+    }
+    return {v, __any_sync(kFullWarp, v == kInfinity) != 0};
+  }
+};
+
+// A tile element by element: where it is cut off, not aligned, or has an Inf. x: the lane's first element in row 0, as
+// the fast path has it.
+template <class T, int kRows, class Search>
+__device__ void quantize_slowly(const QuantizeBlocks& p, const BlockShape<T, kRows>& shape, int64_t first,
+                                uint32_t (&scratch)[2][kQuantizeWarps], int& phase, const Search& code_of) {
+  using Shape = BlockShape<T, kRows>;
+  const T* x = static_cast<const T*>(p.x);
+  constexpr int kElements = kRows * Shape::kWidth;  // of a lane in a block
+  NO_UNROLL for (int b = 0; b < kQuantizePacks<T> / kRows; ++b) {
+    const int64_t begin = first + b * kRows * Shape::kRow;
+    const auto at = [&](int e) { return begin + e / Shape::kWidth * Shape::kRow + e % Shape::kWidth; };
+    uint32_t finite = 0;
+    NO_UNROLL for (int e = 0; e < kElements; ++e) {
+      if (at(e) >= p.count) continue;
+      const uint32_t bits = abs_bits(to_float(x[at(e)]));
+      if (bits < kInfinity && bits > finite) finite = bits;
+    }
+    const float absmax = block_absmax(bits_float(shape.most(finite, scratch, phase).block));
+    const float inverse = block_inverse(absmax);
+    if ((begin & (shape.blocksize - 1)) == 0 && begin < p.count) p.absmax[begin / shape.blocksize] = absmax;
+    NO_UNROLL for (int e = 0; e < kElements; ++e) {
+      if (at(e) < p.count) p.codes[at(e)] = static_cast<uint8_t>(code_of(to_float(x[at(e)]), inverse));
+    }
+  }
+}
+
 template <class T, Map kMap, int kRows>
 __global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_blocks_kernel(QuantizeBlocks p, bool aligned) {
-  constexpr int kWidth = kVectorWidth<T>, kPacks = kQuantizePacks<T>, kWords = kWidth / 4, kBlocks = kPacks / kRows;
-  constexpr bool kWide = kRows == kPacks;  // a block may take several warps
+  constexpr int kWidth = kVectorWidth<T>, kPacks = kQuantizePacks<T>, kBlocks = kPacks / kRows, kRow = 32 * kWidth;
+  constexpr bool kSigned = kMap == Map::signed_dynamic;
   SHARED(typename QuantizeTable<kMap>::Type, table, [1]);
   SHARED(uint32_t, scratch, [2][kQuantizeWarps]);
   if constexpr (kMap == Map::own)
     fill_table(table[0], p.values);
   else
-    fill_table(table[0], kGpuMaps[kMap == Map::signed_dynamic]);
+    fill_table(table[0], kGpuMaps[kSigned]);
   __syncthreads();
-
-  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int blocksize = static_cast<int>(p.blocksize), log2_blocksize = __ffs(blocksize) - 1;
-  const int lanes = kRows > 1 || blocksize > 32 * kWidth ? 32 : blocksize / kWidth;  // that share a block
-  const unsigned warps = blocksize > kWarpElements ? blocksize / kWarpElements : 1;  // likewise
-  int phase = 0;
-  // The largest magnitude of the block that row `row` of this warp is in, from that of the lane's elements in it.
-  const auto over_block = [&](uint32_t v) {
-    v = group_max(v, lanes);
-    if (!kWide || warps == 1) return v;
-    if (lane == 0) scratch[phase][warp] = v;
-    __syncthreads();
-    const unsigned first = warp & ~(warps - 1);
-    for (unsigned i = 0; i < warps; ++i) v = scratch[phase][first + i] > v ? scratch[phase][first + i] : v;
-    phase ^= 1;
-    return v;
+  const auto code_of = [&](float v, float inverse) {
+    if constexpr (kMap == Map::own)
+      return block_code(v, inverse, table[0].threshold, table[0].zero);
+    else
+      return block_code(v, inverse, kGpuMaps[kSigned].threshold, kSigned ? 127 : 0);
   };
 
+  const BlockShape<T, kRows> shape(p.blocksize);
+  const int log2_blocksize = __ffs(shape.blocksize) - 1;
+  int phase = 0;
   const int64_t tiles = ceil_div(p.count, kTileElements);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    // Lane's first element in row i: first + i * 32 * kWidth.
-    const int64_t first = tile * kTileElements + warp * kWarpElements + lane * kWidth;
-    const bool whole = aligned && (tile + 1) * kTileElements <= p.count;
-    Pack<T, kWidth> x[kPacks];
-    if (whole) {
-      UNROLL for (int i = 0; i < kPacks; ++i) x[i] =
-          load_pack<kWidth>(static_cast<const T*>(p.x), first / kWidth + i * 32);
-    } else {
-      UNROLL for (int i = 0; i < kPacks; ++i) {
-        UNROLL for (int e = 0; e < kWidth; ++e) {
-          const int64_t at = first + i * 32 * kWidth + e;
-          x[i].at[e] = at < p.count ? static_cast<const T*>(p.x)[at] : T{};
-        }
-      }
+  NO_UNROLL for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    // The lane's first element in row 0; in row i, i * kRow further.
+    const int64_t first = tile * kTileElements + threadIdx.x / 32 * kWarpElements + threadIdx.x % 32 * kWidth;
+    if (!aligned || (tile + 1) * kTileElements > p.count) {
+      quantize_slowly(p, shape, first, scratch, phase, code_of);
+      continue;
     }
-
+    Pack<T, kWidth> x[kPacks];
+    UNROLL for (int i = 0; i < kPacks; ++i) x[i] = load_pack<kWidth>(static_cast<const T*>(p.x), first / kWidth + i * 32);
     uint32_t most[kBlocks];
+    bool infinite = false;
     UNROLL for (int b = 0; b < kBlocks; ++b) {
       float largest = 0.0f;  // but for NaN, which a maximum of floats passes over
       UNROLL for (int i = 0; i < kRows; ++i) {
         UNROLL for (int e = 0; e < kWidth; ++e) largest = fmaxf(largest, fabsf(to_float(x[b * kRows + i].at[e])));
       }
-      most[b] = over_block(float_bits(largest));
+      const auto over_block = shape.most(float_bits(largest), scratch, phase);
+      most[b] = over_block.block;
+      infinite |= over_block.infinite;
     }
-
-    bool infinite = false;
-    UNROLL for (int b = 0; b < kBlocks; ++b) infinite |= most[b] == 0x7f800000u;
-    // Whoever shares a block agrees on it; of who shares a collective, each must come along.
-    const bool again = kWide ? __syncthreads_or(infinite) : __any_sync(kFullWarp, infinite);
-    if (again) {
-      UNROLL for (int b = 0; b < kBlocks; ++b) {
-        uint32_t finite = 0;
-        UNROLL for (int i = 0; i < kRows; ++i) {
-          UNROLL for (int e = 0; e < kWidth; ++e) {
-            const uint32_t bits = abs_bits(to_float(x[b * kRows + i].at[e]));
-            if (bits < 0x7f800000u && bits > finite) finite = bits;
-          }
-        }
-        most[b] = over_block(finite);
-      }
+    if (infinite) {
+      quantize_slowly(p, shape, first, scratch, phase, code_of);
+      continue;
     }
-
     UNROLL for (int b = 0; b < kBlocks; ++b) {
       const float absmax = block_absmax(bits_float(most[b])), inverse = block_inverse(absmax);
-      const int64_t begin = first + b * kRows * 32 * kWidth;
-      if ((begin & (blocksize - 1)) == 0 && begin < p.count) p.absmax[begin >> log2_blocksize] = absmax;
+      const int64_t begin = first + b * kRows * kRow;
+      if ((begin & (shape.blocksize - 1)) == 0) p.absmax[begin >> log2_blocksize] = absmax;
       UNROLL for (int i = 0; i < kRows; ++i) {
         const auto& pack = x[b * kRows + i];
-        Pack<uint32_t, kWords> codes;
-        if (kMap == Map::own || again) {
-          UNROLL for (int w = 0; w < kWords; ++w) {
-            codes.at[w] = 0;
-            UNROLL for (int e = 0; e < 4; ++e) {
-              const float v = to_float(pack.at[4 * w + e]);
-              uint32_t code;
-              if constexpr (kMap == Map::own)
-                code = block_code(v, inverse, table[0].threshold, table[0].zero);
-              else
-                code = block_code(v, inverse, kGpuMaps[kMap == Map::signed_dynamic].threshold,
-                                  kMap == Map::signed_dynamic ? 127 : 0);
-              codes.at[w] |= code << 8 * e;
-            }
-          }
-        } else if constexpr (kMap != Map::own) {
+        Pack<uint32_t, kWidth / 4> codes = {};
+        if constexpr (kMap == Map::own) {
+          UNROLL for (int e = 0; e < kWidth; ++e)
+            codes.at[e / 4] |= code_of(to_float(pack.at[e]), inverse) << 8 * (e % 4);
+        } else {
           float v[kWidth];
           UNROLL for (int e = 0; e < kWidth; ++e) v[e] = to_float(pack.at[e]) * inverse;
-          encode_codes<kMap == Map::signed_dynamic, false>(table[0], v, codes.at);
+          encode_codes<kSigned>(table[0], v, codes.at);
         }
-        const int64_t at = begin + i * 32 * kWidth;
-        if (whole) {
-          store_pack(reinterpret_cast<uint32_t*>(p.codes), at / kWidth, codes);
-        } else {
-          UNROLL for (int e = 0; e < kWidth; ++e) {
-            if (at + e < p.count) p.codes[at + e] = static_cast<uint8_t>(codes.at[e / 4] >> 8 * (e % 4));
-          }
-        }
+        store_pack(reinterpret_cast<uint32_t*>(p.codes), begin / kWidth + i * 32, codes);
       }
     }
   }

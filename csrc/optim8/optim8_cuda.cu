@@ -219,11 +219,6 @@ __device__ inline bool aligned(const OptimTensor& t, int states) {
 
 // ---- states ----
 
-struct StepTables {
-  DecodeTable decode;
-  EncodeTable encode;
-};
-
 template <class Rule>
 struct States {
   static constexpr int kCount = Rule::kMoments + (Rule::kSecond ? 1 : 0);
@@ -254,9 +249,11 @@ struct StoredStates {
   }
 
   // State s of element e as it is kept between steps: of a second moment in 8 bits the root.
-  __device__ float value(const StepTables* tables, int s, int e) const {
+  __device__ float value(const StateTable* tables, int s, int e) const {
     if constexpr (kQuantized)
-      return decode(tables[S::map_of(s)].decode, codes[s][e / 4], e % 4) * absmax[s];
+      return (S::second(s) ? state_value<false>(tables[S::map_of(s)], codes[s][e / 4], e % 4)
+                           : state_value<true>(tables[S::map_of(s)], codes[s][e / 4], e % 4)) *
+             absmax[s];
     else
       return floats[s][e];
   }
@@ -269,7 +266,7 @@ struct Stepped {
   float u, m[2], v, root;
 
   template <class Rule, bool kQuantized, bool kWide>
-  __device__ Stepped(Rule, const StoredStates<Rule, kQuantized, kWide>& stored, const StepTables* tables, int e,
+  __device__ Stepped(Rule, const StoredStates<Rule, kQuantized, kWide>& stored, const StateTable* tables, int e,
                      const Factors& f, float p, float g)
       : m{0.0f, 0.0f}, v(0.0f), root(0.0f) {
     using S = States<Rule>;
@@ -292,75 +289,99 @@ struct Stepped {
   __device__ float kept(int s) const {
     return !States<Rule>::second(s) ? m[s] : kQuantized ? root : v;
   }
-
-  // At kInfinity or above where this element must be left alone: the gradient, or its square, is NaN or Inf.
-  template <class Rule>
-  __device__ uint32_t probe() const {
-    uint32_t bits = abs_bits(Rule::kMoments + Rule::kSecond == 0 ? u : Rule::kSecond ? root : m[0]);
-    if constexpr (Rule::kMoments == 2) {
-      const uint32_t other = abs_bits(m[1]);
-      bits = other > bits ? other : bits;
-    }
-    return bits;
-  }
 };
+
+// Of these states NaN and Inf are looked for: they come from a gradient that is, or whose square is. Elements where one
+// is found are left alone. (Without states, that is decided by the direction.)
+template <class Rule>
+HD constexpr bool checked(int s) {
+  return States<Rule>::second(s) || !Rule::kSecond || (Rule::kMoments == 2 && s == 1);
+}
+
+// Puts back what must be left alone, and makes `most` what it is without.
+template <class Rule, bool kQuantized, bool kWide>
+__device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const OptimTensor& t, const Factors& f,
+                                            const StateTable* tables, const BlockPlace& place,
+                                            const StoredStates<Rule, kQuantized, kWide>& stored, float (&p)[kEach],
+                                            const float (&g)[kEach], float (&state)[States<Rule>::kSlots][kEach],
+                                            uint32_t (&most)[States<Rule>::kSlots]) {
+  using S = States<Rule>;
+  using L = Lanes<kWide>;
+  float before[kEach];
+  L::load_param(t, place, before);
+  int left_alone = 0;
+  UNROLL for (int e = 0; e < kEach; ++e) {
+    bool valid = true;
+    if constexpr (S::kCount == 0)
+      valid = abs_bits(Stepped(rule, stored, tables, e, f, before[e] * f.shrink, g[e]).u) < kInfinity;
+    UNROLL for (int i = 0; i < S::kCount; ++i) {
+      if (checked<Rule>(i)) valid &= abs_bits(state[i][e]) < kInfinity;
+      if (S::second(i)) valid &= state[i][e] >= 0.0f;  // v below 0 has no root
+    }
+    if (valid) continue;
+    p[e] = before[e];
+    UNROLL for (int i = 0; i < S::kCount; ++i) state[i][e] = stored.value(tables, i, e);
+    if (L::index(e, place.packed) < place.count) ++left_alone;
+  }
+  if constexpr (kQuantized) {
+    UNROLL for (int i = 0; i < S::kCount; ++i) {
+      float largest = left_alone > 0 ? stored.absmax[i] : 0.0f;  // what is left alone keeps its code
+      UNROLL for (int e = 0; e < kEach; ++e) largest = fmaxf(largest, fabsf(state[i][e]));
+      most[i] = float_bits(largest);
+    }
+  }
+  if (left_alone > 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(s.nonfinite), static_cast<unsigned long long>(left_alone));
+}
 
 template <class Rule, bool kQuantized, bool kWide>
 __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const OptimTensor& t, const Factors& f,
-                                           const StepTables* tables, const BlockPlace& place, int64_t block,
+                                           const StateTable* tables, const BlockPlace& place, int64_t block,
                                            uint32_t key) {
   using S = States<Rule>;
   using L = Lanes<kWide>;
-  float p[kEach], g[kEach], state[S::kSlots][kEach], most[S::kSlots] = {};
+  float p[kEach], g[kEach], state[S::kSlots][kEach];
   StoredStates<Rule, kQuantized, kWide> stored;
   L::load_param(t, place, p);
   L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
   stored.load(t, place, block);
 
-  uint32_t probe = 0;
+  // The largest magnitudes, as integers, which do not lose a NaN, where one is looked for; of roots, their sign is known.
+  uint32_t most[S::kSlots] = {};
   UNROLL for (int e = 0; e < kEach; ++e) {
     const float shrunk = p[e] * f.shrink;
     const Stepped next(rule, stored, tables, e, f, shrunk, g[e]);
     p[e] = fmaf(-f.size, next.u, shrunk);
-    const uint32_t bits = next.template probe<Rule>();
-    probe = bits > probe ? bits : probe;
+    if (S::kCount == 0) most[0] = max(most[0], abs_bits(next.u));
     UNROLL for (int i = 0; i < S::kCount; ++i) {
       state[i][e] = next.template kept<Rule, kQuantized>(i);
-      most[i] = fmaxf(most[i], fabsf(state[i][e]));
+      if (S::second(i))
+        most[i] = max(most[i], float_bits(next.root));
+      else if (checked<Rule>(i))
+        most[i] = max(most[i], abs_bits(state[i][e]));
+      else if (kQuantized)
+        most[i] = float_bits(fmaxf(bits_float(most[i]), fabsf(state[i][e])));
     }
   }
 
-  if (probe >= kInfinity) {  // again, with what must be left alone as it was
-    float before[kEach];
-    L::load_param(t, place, before);
-    UNROLL for (int i = 0; i < S::kCount; ++i) most[i] = kQuantized ? stored.absmax[i] : 0.0f;
-    int left_alone = 0;
-    UNROLL for (int e = 0; e < kEach; ++e) {
-      const Stepped next(rule, stored, tables, e, f, before[e] * f.shrink, g[e]);
-      const bool valid = next.template probe<Rule>() < kInfinity;
-      if (!valid) p[e] = before[e];
-      if (!valid && L::index(e, place.packed) < place.count) ++left_alone;
-      UNROLL for (int i = 0; i < S::kCount; ++i) {
-        if (!valid) state[i][e] = stored.value(tables, i, e);
-        most[i] = fmaxf(most[i], fabsf(state[i][e]));
-      }
-    }
-    atomicAdd(reinterpret_cast<unsigned long long*>(s.nonfinite), static_cast<unsigned long long>(left_alone));
+  uint32_t worst = S::kCount == 0 ? most[0] : 0;
+  UNROLL for (int i = 0; i < S::kCount; ++i) {
+    if (checked<Rule>(i)) worst = max(worst, most[i]);
   }
+  if (worst >= kInfinity) leave_alone(rule, s, t, f, tables, place, stored, p, g, state, most);
 
   L::store_param(t, place, p, s.stochastic, key);
   UNROLL for (int i = 0; i < S::kCount; ++i) {
     if constexpr (kQuantized) {
-      const float absmax = block_absmax(bits_float(warp_max(float_bits(most[i]))));
+      const float absmax = block_absmax(bits_float(warp_max(most[i])));
       const float inverse = block_inverse(absmax);
       if (lane_id() == 0) t.absmax[i][block] = absmax;
       UNROLL for (int e = 0; e < kEach; ++e) state[i][e] *= inverse;
       uint32_t words[kEach / 4];
-      const EncodeTable& table = tables[S::map_of(i)].encode;
       if (S::second(i))
-        encode_codes<false, true>(table, state[i], words);
+        state_codes<false>(tables[S::map_of(i)], state[i], words);
       else
-        encode_codes<true, false>(table, state[i], words);
+        state_codes<true>(tables[S::map_of(i)], state[i], words);
       L::store_codes(static_cast<uint8_t*>(t.state[i]), place, words);
     } else {
       L::store(static_cast<float*>(t.state[i]), place, state[i]);
@@ -373,7 +394,7 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
 // What a thread block keeps from chunk to chunk, in shared memory.
 template <class Rule>
 struct Workplace {
-  StepTables tables[States<Rule>::kMaps];
+  StateTable tables[States<Rule>::kMaps];
   Factors factors;
 };
 
@@ -407,11 +428,8 @@ struct Chunk {
     if (!fill && !derive) return;
     __syncthreads();  // no warp is at the chunk before any more
     if (fill) {
-      UNROLL for (int m = 0; m < S::kMaps; ++m) {
-        const DynamicMap& map = kGpuMaps[Rule::kMoments > 0 && m == 0];
-        fill_table(place.tables[m].decode, map.value);
-        fill_table(place.tables[m].encode, map);
-      }
+      UNROLL for (int m = 0; m < S::kMaps; ++m)
+        fill_table(place.tables[m], kGpuMaps[Rule::kMoments > 0 && m == 0]);
       filled = true;
     }
     if (derive) {
@@ -431,7 +449,7 @@ __device__ inline bool nothing_to_do(const OptimStep& s) {
 }
 
 template <class Rule, bool kWide>
-__global__ void __launch_bounds__(kStepThreads) optim_step_kernel(OptimStep s, int64_t begin, int64_t end) {
+__global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s, int64_t begin, int64_t end) {
   SHARED(Workplace<Rule>, place, [1]);
   if (nothing_to_do(s)) return;
   Chunk at;
@@ -461,7 +479,7 @@ __device__ inline double warp_sum(double v) {
 }
 
 template <class Rule, bool kQuantized, bool kWide>
-__device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const Factors& f, const StepTables* tables,
+__device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const Factors& f, const StateTable* tables,
                                           const BlockPlace& place, int64_t block, double (&sums)[2]) {
   using L = Lanes<kWide>;
   float p[kEach], g[kEach];
@@ -481,7 +499,7 @@ __device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const
 
 // Sums of squares of each chunk.
 template <class Rule, bool kWide>
-__global__ void __launch_bounds__(kStepThreads) chunk_norms_kernel(OptimStep s, int64_t begin, int64_t end) {
+__global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep s, int64_t begin, int64_t end) {
   SHARED(Workplace<Rule>, place, [1]);
   SHARED(double, parts, [2][kStepWarps][2]);
   if (nothing_to_do(s)) return;

@@ -107,6 +107,10 @@ inline int __dp4a(int a, int b, int sum) {
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
 }
+// The low word of high:low shifted right by shift % 32.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes y:x.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;
@@ -138,12 +142,6 @@ inline int __float2int_rn(float value) {
   if (value >= 0x1p31f) return std::numeric_limits<int>::max();
   if (value < -0x1p31f) return std::numeric_limits<int>::min();
   return static_cast<int>(std::nearbyint(value));
-}
-// The largest float that is not above value.
-inline float __double2float_rd(double value) {
-  const float rounded = static_cast<float>(value);
-  return static_cast<double>(rounded) > value ? std::nextafter(rounded, -std::numeric_limits<float>::infinity())
-                                              : rounded;
 }
 inline float __saturatef(float value) {  // NaN gives 0
   return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f;
