@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("int8", "model")
+FAMILIES = ("int8", "model", "blockwise", "optim")
 
 
 def main(
@@ -22,7 +22,7 @@ def main(
     Args:
         family: one of `FAMILIES`; None runs all.
         quick: fewer shapes or models, and rounds (a minute or two each).
-        out: folder for FAMILY-<time>.json and int8.png; None only prints.
+        out: folder for FAMILY-<time>.json (and PNGs where a family draws any); None only prints.
         threads: thread counts to measure one after another; None takes torch's.
         device: "cpu" or "cuda".
 

@@ -60,6 +60,23 @@ QUICK_LAYERS: dict[str, tuple[int, int]] = {"4096x4096": (4096, 4096)}
 # fault fresh pages for every call, and the system be what is timed.
 QUANTIZE_BENCH_SHAPES: tuple[tuple[int, int, bool], ...] = ((1, 4096, False), (512, 4096, False), (4096, 4096, True))
 
+# Elements of block-wise quantization: in cache and from memory.
+BLOCKWISE_BENCH_SIZES: tuple[tuple[int, bool], ...] = ((1 << 20, False), (1 << 26, True))
+BLOCKWISE_QUICK_SIZES: tuple[tuple[int, bool], ...] = ((1 << 24, True),)
+
+# An optimizer's parameters: about 100 M as one tensor, and as a transformer's hundreds (hidden 576, MLP 1536, biases).
+OPTIM_ONE = 100_000_000
+OPTIM_QUICK_ONE = 20_000_000
+OPTIM_LAYERS, OPTIM_QUICK_LAYERS = 20, 4
+
+
+def transformer_parameters(layers: int) -> list[tuple[int, ...]]:
+    """Shapes of a language model's parameters: 16 a layer, and an embedding."""
+    linears = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    layer: list[tuple[int, ...]] = [shape for n, k in linears for shape in ((n, k), (n,))] + [(576,), (576,)]
+    return [(49152, 576), *(shape for _ in range(layers) for shape in layer), (576,)]
+
+
 # Outlier columns of the "outliers" inputs: no more than 7 were seen in models up to 13B (arXiv 2208.07339).
 OUTLIER_COLUMNS = 7
 

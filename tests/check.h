@@ -83,6 +83,9 @@ class Buffer {
   explicit Buffer(const std::vector<T>& values) : Buffer(static_cast<int64_t>(values.size())) {
     if (!values.empty()) std::memcpy(data_, values.data(), values.size() * sizeof(T));
   }
+  Buffer(const Buffer& other) : Buffer(other.size_) {
+    if (size_) std::memcpy(data_, other.data_, static_cast<size_t>(size_) * sizeof(T));
+  }
   Buffer(Buffer&& other) : size_(other.size_), mapped_(other.mapped_), base_(other.base_), data_(other.data_) {
     other.base_ = nullptr;
   }

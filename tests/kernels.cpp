@@ -16,7 +16,7 @@ namespace {
 #define KERNELS_OF(machine)                                                                              \
   machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows, \
       machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,    \
-      machine::int8_gemm
+      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -244,6 +244,8 @@ int main(int argc, char** argv) {
       test_outlier();
       test_decompose();
       test_gemm();
+      test_blockwise();
+      test_optim();
     }
     std::printf("%s: %s\n", each.name.c_str(), test::failures == before ? "ok" : "FAILED");
     ++ran;

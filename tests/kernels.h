@@ -6,11 +6,13 @@
 #include <string>
 #include <vector>
 
+#include "blockwise/blockwise.h"
 #include "check.h"
 #include "common/numeric.h"
 #include "int8/decompose.h"
 #include "int8/gemm.h"
 #include "int8/quantize.h"
+#include "optim8/optim8.h"
 #include "outlier/outlier.h"
 
 namespace kernels {
@@ -30,6 +32,9 @@ struct Backend {
   decltype(&cpu::extract_columns) extract_columns;
   decltype(&cpu::decompose) decompose;
   decltype(&cpu::int8_gemm) int8_gemm;
+  decltype(&cpu::quantize_blocks) quantize_blocks;
+  decltype(&cpu::dequantize_blocks) dequantize_blocks;
+  decltype(&cpu::optim_step) optim_step;
 
   bool simt() const { return name.starts_with("simt"); }
 };
@@ -157,6 +162,8 @@ struct Listed {
   }
 };
 
-void test_gemm();  // kernels_gemm.cpp
+void test_gemm();       // kernels_gemm.cpp
+void test_blockwise();  // kernels_optim.cpp
+void test_optim();
 
 }  // namespace kernels

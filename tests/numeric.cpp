@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "check.h"
+#include "common/codebook.h"
 
 namespace {
 using namespace octavo;
@@ -155,9 +156,79 @@ void test_load_float() {
           load_float(b, DType::bf16, i) == f[i]);
 }
 
+// ---- the dynamic maps ----
+
+double distance(float v, float value) {
+  return std::fabs(static_cast<double>(v) - static_cast<double>(value));
+}
+
+// The nearest of a map's values, the lower code on a tie, without thresholds.
+uint32_t nearest_value(const DynamicMap& map, float v) {
+  uint32_t best = 0;
+  for (uint32_t code = 1; code < kCodes; ++code)
+    if (distance(v, map.value[code]) < distance(v, map.value[best])) best = code;
+  return best;
+}
+
+void test_map(const DynamicMap& map) {
+  CHECK(map.value[map.zero] == 0.0f && map.value[255] == 1.0f);
+  for (uint32_t code = 0; code < kCodes; ++code) {
+    const float value = map.value[code];
+    CHECK(code == 0 || map.value[code - 1] < value);
+    CHECK(nearest_code(value, map.threshold) == code);
+    // The arithmetic of optimizer states: nearly the value, and back to the same code under any absmax.
+    const float state = state_value(map, code);
+    CHECK(std::abs(static_cast<int64_t>(float_bits(std::fabs(state))) -
+                   static_cast<int64_t>(float_bits(std::fabs(value)))) <= 8);
+    CHECK(std::signbit(state) == std::signbit(value) || value == 0.0f);
+    CHECK(state_code(map, state) == code);
+    for (const float absmax : {3.0f, 1e-30f, 1e30f, 0.1f})
+      CHECK(state_code(map, state * absmax * block_inverse(absmax)) == code);
+  }
+  CHECK(state_value(map, map.zero) == 0.0f && state_value(map, 255) == 1.0f);
+  for (int i = 0; i + 1 < kCodes; ++i) {
+    const float threshold = map.threshold[i];
+    float v = threshold;
+    for (int step = 0; step < 40; ++step) v = std::nextafterf(v, -2.0f);
+    for (int step = -40; step <= 40; ++step, v = std::nextafterf(v, 2.0f)) {
+      const uint32_t code = nearest_code(v, map.threshold);
+      CHECK(code == nearest_value(map, v));
+      if (!map.is_signed && v < 0) continue;
+      const uint32_t state = state_code(map, v), floor = !map.is_signed && v > 0 && code == 0 ? 1 : code;
+      CHECK(state == floor || state == static_cast<uint32_t>(i) || state == static_cast<uint32_t>(i) + 1);
+    }
+    // Not near a threshold, the arithmetic finds the nearest code.
+    const float width = map.value[i + 1] - map.value[i];
+    for (const float away : {-0.01f, 0.01f}) {
+      const float sure = threshold + away * width;
+      const uint32_t code = nearest_code(sure, map.threshold);
+      CHECK(state_code(map, sure) == (!map.is_signed && sure > 0 && code == 0 ? 1 : code));
+    }
+  }
+}
+
+void test_maps() {
+  test_map(kSignedMap);
+  test_map(kUnsignedMap);
+  // What is divided by must not become 0, however small; 0 stays 0.
+  for (const float tiny : {1e-45f, 1e-38f, 1e-20f, 1e-8f, 1e-7f}) CHECK(state_code(kUnsignedMap, tiny) == 1);
+  CHECK(state_code(kUnsignedMap, 0.0f) == 0);
+  for (const float zero : {0.0f, -0.0f, 1e-45f, -1e-45f}) CHECK(state_code(kSignedMap, zero) == 127);
+  CHECK(state_code(kSignedMap, -1.0f) == 0 && state_code(kSignedMap, -1.0000001f) == 0);
+  CHECK(state_code(kSignedMap, 1.0000001f) == 255 && state_code(kUnsignedMap, 1.0000001f) == 255);
+  // Blocks: the absmax below which everything is 0, and codes of what is not a number.
+  CHECK(block_absmax(0x1p-126f) == 0x1p-126f && block_absmax(0x1.fffffcp-127f) == 0.0f);
+  CHECK(block_inverse(0.0f) == 0.0f && std::isfinite(block_inverse(0x1p-126f)));
+  for (const float inverse : {0.0f, 2.0f}) CHECK(block_code(NAN, inverse, kSignedMap.threshold, 127) == 127);
+  CHECK(block_code(INFINITY, 2.0f, kSignedMap.threshold, 127) == 255);
+  CHECK(block_code(-INFINITY, 2.0f, kSignedMap.threshold, 127) == 0);
+  CHECK(block_code(INFINITY, 0.0f, kSignedMap.threshold, 127) == 127);
+}
+
 }  // namespace
 
 int main() {
+  test_maps();
   test_format<Half>();
   test_format<BFloat16>();
   test_scales();

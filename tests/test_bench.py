@@ -15,8 +15,8 @@ from pathlib import Path
 import octavo.bench
 import pytest
 import torch
-from octavo import _C, evaluate
-from octavo.bench import cases, common, limits, memory, plot
+from octavo import _C, evaluate, reference
+from octavo.bench import blockwise, cases, common, limits, memory, optim, plot
 from octavo.bench import int8 as family
 from octavo.bench import model as models
 from octavo.nn import Int8Linear
@@ -263,6 +263,56 @@ def test_every_comparison_names_a_contender():
     assert len(names) == len(family.METHODS)
     assert {method.versus for method in family.METHODS} - {None} <= names
     assert set(memory.METHODS) <= names
+
+
+# ---- the blockwise and optim families -----------------------------------------------------------------------------
+
+
+def test_blockwise_rows():
+    effort, limit = common.Effort(0.0, 0.0, 1, 1), limits_of(read=1e9)
+    skipped: dict[str, str] = {}
+    tables = blockwise.bench(1024, torch.float32, False, effort, limit, "cpu", skipped)
+    assert [rows[0].section for rows in tables] == ["quantize_blockwise", "dequantize_blockwise"]
+    for rows in tables:
+        assert {row.method for row in rows} | set(skipped) == {"octavo", "torch, op by op", "bitsandbytes"}
+        assert rows[0].bytes == 1024 * 5 + 16
+    assert 0 < tables[1][0].error < 0.02
+    (cold,) = {row.from_memory for row in blockwise.bench(512, torch.bfloat16, True, effort, limit, "cpu", {})[0]}
+    assert cold
+
+
+def test_the_blockwise_peer_in_torch_computes_the_same():
+    x = torch.randn(2048, generator=torch.Generator().manual_seed(0))
+    values = reference.dynamic_map(True)
+    codes, absmax = blockwise.torch_quantize(x, (values[1:] + values[:-1]) / 2)
+    expected, expected_absmax = blockwise.ops.quantize_blockwise(x)
+    assert torch.equal(absmax.flatten(), expected_absmax)
+    assert (codes.flatten() != expected).float().mean() < 0.001  # a division instead of a product
+    back = blockwise.torch_dequantize(expected, expected_absmax, values, torch.float32)
+    assert torch.equal(back.flatten(), blockwise.ops.dequantize_blockwise(expected, expected_absmax))
+
+
+def test_optim_rows_and_memory():
+    effort, limit = common.Effort(0.0, 0.0, 1, 1), limits_of(read=1e9)
+    skipped: dict[str, str] = {}
+    shapes = [(64, 128), (7,)]
+    rows = optim.bench("two tensors", shapes, torch.float32, effort, limit, "cpu", True, skipped)
+    names = {method.name for method in optim.METHODS}
+    assert {row.method for row in rows} | set(skipped) == names
+    assert rows[0].method == optim.DEFAULT and rows[0].shape == (2, 64 * 128 + 7)
+    assert rows[1].versus == optim.DEFAULT
+    console = Console(record=True, width=160)
+    optim.print_rows(console, rows)
+    assert "ns / parameter" in console.export_text()
+    found = optim.measure_memory(optim.DEFAULT, 1 << 16, "cpu")
+    assert found["state_per_param"] < 2.04
+    optim.print_memory(console, [found, {"method": "x", "count": 1, "error": "none"}])
+
+
+def test_transformer_parameters():
+    shapes = cases.transformer_parameters(cases.OPTIM_LAYERS)
+    assert len(shapes) == 322
+    assert sum(math.prod(shape) for shape in shapes) == pytest.approx(1e8, rel=0.01)
 
 
 # ---- the model family ----------------------------------------------------------------------------------------------

@@ -189,6 +189,10 @@ def test_demo(monkeypatch, source, tmp_path):
     assert rows["int8, threshold 6"]["layer_bytes"] < 0.3 * rows["fp32"]["layer_bytes"]
     assert all(row["perplexity"] > 1 and row["prefill"] > 0 and row["decode"] > 0 for row in rows.values())
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    full, small = record["optimizers"]
+    assert small["name"] == "octavo AdamW8bit"
+    assert small["state_bytes"] < 0.26 * full["state_bytes"]
+    assert full["step_s"] > 0 and small["step_s"] > 0
 
 
 def test_demo_texts_are_prose_and_disjoint():

@@ -15,12 +15,7 @@ constexpr const DynamicMap& dynamic_map(bool is_signed) {
 template <class V, bool kSigned, bool kOneLane = V::kWidth == 1>
 struct Codec {
   typename V::F decode(typename V::U code) const { return dynamic_map(kSigned).value[code]; }
-  // v: finite. kPositiveFromOne: what is above 0 gets at least code 1 (unsigned map).
-  template <bool kPositiveFromOne = false>
-  typename V::U encode(typename V::F v) const {
-    const uint32_t code = nearest_code(v, dynamic_map(kSigned).threshold);
-    return kPositiveFromOne && code == 0 && v > 0 ? 1 : code;
-  }
+  typename V::U encode(typename V::F v) const { return nearest_code(v, dynamic_map(kSigned).threshold); }  // v: finite
 };
 
 template <class V, bool kSigned>
@@ -48,7 +43,6 @@ struct Codec<V, kSigned, false> {
     return kSigned ? V::with_sign_of(V::from_bits(exact), x) : V::from_bits(exact);
   }
 
-  template <bool kPositiveFromOne = false>
   U encode(F v) const {
     v = V::max(v, V::set(kMap.value[0]));
     const U rotated = V::max_bits(kSigned ? V::rotate_left_1(V::bits(v)) : V::add_bits(V::bits(v), V::bits(v)),
@@ -57,16 +51,14 @@ struct Codec<V, kSigned, false> {
     const U d = V::template shift_right<24>(V::add_bits(rotated, where));
     const F a = kSigned ? V::abs(v) : v;
     const F exact = V::min(V::fma(a, V::lookup(slope, d), V::lookup(offset, d)), V::lookup(last, d));
-    F level = V::round(exact);
+    const F level = V::round(exact);
     const uint32_t doubtful = V::lane_bits(V::at_least(V::abs(V::sub(exact, level)), V::set(0.5f - kDoubt)));
-    if constexpr (kPositiveFromOne) level = V::select(V::positive(v), V::max(level, V::set(1.0f)), level);
     U code = kSigned ? V::add_bits(V::to_integer(V::with_sign_of(level, v)), V::set_bits(127)) : V::to_integer(level);
-    if (__builtin_expect(doubtful != 0, 0)) code = search<kPositiveFromOne>(v, code, doubtful);
+    if (__builtin_expect(doubtful != 0, 0)) code = search(v, code, doubtful);
     return code;
   }
 
  private:
-  template <bool kPositiveFromOne>
   __attribute__((noinline)) static U search(F v, U code, uint32_t doubtful) {
     float values[V::kWidth];
     uint32_t codes[V::kWidth];
@@ -74,10 +66,65 @@ struct Codec<V, kSigned, false> {
     V::store_bits(codes, code);
     for (; doubtful; doubtful &= doubtful - 1) {
       const int lane = __builtin_ctz(doubtful);
-      const uint32_t found = nearest_code(values[lane], kMap.threshold);
-      codes[lane] = kPositiveFromOne && found == 0 && values[lane] > 0 ? 1 : found;
+      codes[lane] = nearest_code(values[lane], kMap.threshold);
     }
     return V::load_bits(codes);
+  }
+};
+
+// state_value and state_code of common/codebook.h.
+template <class V, bool kOneLane = V::kWidth == 1>
+struct StateCodec {
+  float moment(const uint8_t* code, int = 1) const { return state_value(kSignedMap, *code); }
+  float root(const uint8_t* code, int = 1) const { return state_value(kUnsignedMap, *code); }
+  void store_moment(uint8_t* code, float v, int = 1) const { *code = static_cast<uint8_t>(state_code(kSignedMap, v)); }
+  void store_root(uint8_t* code, float v, int = 1) const { *code = static_cast<uint8_t>(state_code(kUnsignedMap, v)); }
+};
+
+template <class V>
+struct StateCodec<V, false> {
+  using F = typename V::F;
+  using U = typename V::U;
+
+  struct Tables {
+    typename V::Table8 step, base, slope, offset, last;
+    typename V::Table32 region;
+    explicit Tables(const DynamicMap& map)
+        : step(V::table8(map.step)),
+          base(V::table8(map.base)),
+          slope(V::table8(map.slope)),
+          offset(V::table8(map.offset)),
+          last(V::table8(map.last)),
+          region(V::table32(map.region)) {}
+
+    U decade(F v) const {
+      const U bits = V::bits(v), rotated = V::max_bits(V::add_bits(bits, bits), V::set_bits(kLowestRotated));
+      const U where = V::lookup(region, V::template shift_right<24>(rotated));
+      return V::template shift_right<24>(V::add_bits(rotated, where));
+    }
+  };
+  const Tables moments{kSignedMap}, roots{kUnsignedMap};
+
+  F moment(const uint8_t* codes, int n = V::kWidth) const {
+    const F x = V::fma(V::to_float(V::load_codes(codes, n)), V::set(2.0f), V::set(-254.0f));
+    const U d = V::template shift_right<23>(V::bits(x));
+    return V::fma(x, V::lookup(moments.step, d), V::times_sign_of(V::lookup(moments.base, d), x));
+  }
+  F root(const uint8_t* codes, int n = V::kWidth) const {
+    const F x = V::add(V::to_float(V::load_codes(codes, n)), V::set(1.0f));
+    const U d = V::template shift_right<23>(V::bits(x));
+    return V::fma(x, V::lookup(roots.step, d), V::lookup(roots.base, d));
+  }
+  void store_moment(uint8_t* codes, F v, int n = V::kWidth) const {
+    const U d = moments.decade(v);
+    const F offset = V::with_sign_of(V::lookup(moments.offset, d), v);
+    const F exact = V::fma(v, V::lookup(moments.slope, d), offset);
+    V::store_signed_codes(codes, V::to_integer(V::smaller_magnitude(exact, V::lookup(moments.last, d))), n);
+  }
+  void store_root(uint8_t* codes, F v, int n = V::kWidth) const {
+    const U d = roots.decade(v);
+    const F exact = V::fma(v, V::lookup(roots.slope, d), V::lookup(roots.offset, d));
+    V::store_codes(codes, V::to_integer(V::at_least_1_where_positive(V::min(exact, V::lookup(roots.last, d)), v)), n);
   }
 };
 

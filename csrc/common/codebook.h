@@ -6,8 +6,6 @@
 // 10^(i - 6) into 2^i cells (signed: both signs) or 2^(i + 1) (unsigned), plus 0 and 1. Codes are in ascending order of
 // value. Writing the code's distance from zero as `level`, decade i of the signed map has the levels 2^i ...
 // 2^(i + 1) - 1 and the unsigned one 2^(i + 1) - 1 ... 2^(i + 2) - 2: the decade of a level is the exponent of a float.
-#include <bit>
-
 #include "common/hd.h"
 
 namespace octavo {
@@ -16,12 +14,12 @@ constexpr int kCodes = 256;
 
 // Largest fp32 that is not above (a + b) / 2. A value's nearest code is the number of these that lie below it: nearest
 // to the real midpoint, which may lie between two floats, and to the lower code on a tie.
-constexpr float threshold_between(float a, float b) {
+HD constexpr float threshold_between(float a, float b) {
   const double middle = 0.5 * (static_cast<double>(a) + static_cast<double>(b));  // exact for neighbours of a map
   const float rounded = static_cast<float>(middle);
   if (static_cast<double>(rounded) <= middle) return rounded;
-  const uint32_t bits = std::bit_cast<uint32_t>(rounded);
-  return std::bit_cast<float>(rounded > 0 ? bits - 1 : bits + 1);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, rounded);
+  return __builtin_bit_cast(float, rounded > 0 ? bits - 1 : bits + 1);
 }
 
 struct DynamicMap {
@@ -111,7 +109,7 @@ constexpr DynamicMap make_dynamic_map(bool is_signed) {
   const int levels = is_signed ? 128 : 255;
   const uint32_t* bits = is_signed ? kSignedBits : kUnsignedBits;
   for (int level = 1; level <= levels; ++level) {
-    const float value = std::bit_cast<float>(bits[level - 1]);
+    const float value = __builtin_bit_cast(float, bits[level - 1]);
     map.value[map.zero + level] = value;
     if (is_signed && level < levels) map.value[127 - level] = -value;
   }
@@ -137,10 +135,10 @@ constexpr DynamicMap make_dynamic_map(bool is_signed) {
   for (int code = 0; code < kCodes; ++code) {
     const double x = is_signed ? 2 * (code - 127) : code + 1;
     const double a = x < 0 ? -x : x;
-    const int d = (std::bit_cast<uint32_t>(static_cast<float>(a)) >> 23) & 7;
+    const int d = (__builtin_bit_cast(uint32_t, static_cast<float>(a)) >> 23) & 7;
     const float v = static_cast<float>(a * static_cast<double>(map.step[d]) + static_cast<double>(map.base[d]));
     const float want = map.value[code] < 0 ? -map.value[code] : map.value[code];
-    const uint32_t off = std::bit_cast<uint32_t>(want) - std::bit_cast<uint32_t>(v) + kCorrectionZero;
+    const uint32_t off = __builtin_bit_cast(uint32_t, want) - __builtin_bit_cast(uint32_t, v) + kCorrectionZero;
     if (off > 15) throw "a correction needs more than 4 bits";
     map.correction[code / 8] |= off << (4 * (code % 8));
   }
@@ -157,7 +155,7 @@ constexpr DynamicMap make_dynamic_map(bool is_signed) {
     const float low = map.value[map.zero + next - 1], high = map.value[map.zero + next];
     const float middle = threshold_between(low, high);
     const bool between = static_cast<double>(middle) < 0.5 * (static_cast<double>(low) + static_cast<double>(high));
-    const uint32_t rotated = (std::bit_cast<uint32_t>(middle) << 1) + (between ? 1 : 0);
+    const uint32_t rotated = (__builtin_bit_cast(uint32_t, middle) << 1) + (between ? 1 : 0);
     if (rotated >> 24 != static_cast<uint32_t>(kRegionExponent + octave)) continue;
     ++d;
     map.region[octave] = (static_cast<uint32_t>(d) << 24) - 1 - rotated;
@@ -193,6 +191,34 @@ HD uint32_t nearest_code(float v, const float* thresholds) {
   uint32_t code = 0;
   for (uint32_t half = kCodes / 2; half > 0; half /= 2) code += v > thresholds[code + half - 1] ? half : 0;
   return code;
+}
+
+// ---- optimizer states: the arithmetic as it is ----
+//
+// A step decodes and encodes every state once, so what corrections and doubtful thresholds would cost is left out
+// there: a code's value is within 8 units in the last place of the published one, and a code that is not the nearest
+// lies less than 2^-16 of a level from the middle to it. These two functions are that arithmetic; vector forms equal
+// them.
+
+HD float state_value(const DynamicMap& map, uint32_t code) {
+  const float x = map.is_signed ? 2.0f * (static_cast<float>(code) - 127.0f) : static_cast<float>(code + 1);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t d = (bits >> 23) & 7;
+  const float base = __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, map.base[d]) ^ (bits & 0x80000000u));
+  return __builtin_fmaf(x, map.step[d], base);
+}
+
+// v: finite, at most 1 in magnitude but for rounding. Unsigned: v >= 0, and what is above 0 gets at least code 1.
+HD uint32_t state_code(const DynamicMap& map, float v) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
+  const uint32_t doubled = bits << 1, rotated = doubled < kLowestRotated ? kLowestRotated : doubled;
+  const uint32_t d = (rotated + map.region[(rotated >> 24) - kRegionExponent]) >> 24;
+  const float a = __builtin_bit_cast(float, bits & 0x7fffffffu);
+  const float exact = __builtin_fmaf(a, map.slope[d], map.offset[d]);
+  const int level = static_cast<int>(__builtin_rintf(exact < map.last[d] ? exact : map.last[d]));
+  if (!map.is_signed) return static_cast<uint32_t>(level == 0 && v > 0 ? 1 : level);
+  const int code = 127 + (bits >> 31 ? -level : level);
+  return static_cast<uint32_t>(code < 0 ? 0 : code);
 }
 
 // ---- blocks ----

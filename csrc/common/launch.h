@@ -5,6 +5,7 @@
 //   DYNAMIC_SHARED(type, name)             the block's dynamic shared memory as type* name
 //   fill_bytes(pointer, byte, bytes, stream)
 //   multiprocessors()                      of the current device: how many blocks run at once, at least
+//   resident_blocks(kernel, threads)       how many of its blocks the current device runs at once: a persistent grid
 //   UNROLL, NO_UNROLL                      before a loop whose arrays must stay in registers; before one seldom run
 //   UNROLL_BY_8                            before a loop of gathers, so that some are under way together
 #include "common/hd.h"
@@ -41,6 +42,12 @@ inline int multiprocessors() {
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   return count;
+}
+template <class Kernel>
+int resident_blocks(Kernel kernel, int threads) {
+  int blocks = 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0), "occupancy");
+  return (blocks > 0 ? blocks : 1) * multiprocessors();
 }
 }  // namespace octavo
 #else

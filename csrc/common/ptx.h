@@ -19,6 +19,18 @@ __device__ __forceinline__ void set_flag(uint8_t* flag) {
 #endif
 }
 
+// (above & 0xffff) << 16 | byte(high) << 8 | byte(low), where byte() saturates to [0, 255].
+__device__ __forceinline__ uint32_t pack_bytes(int32_t low, int32_t high, uint32_t above) {
+#if !defined(__CUDACC__)
+  const auto byte = [](int32_t v) { return static_cast<uint32_t>(v < 0 ? 0 : v > 255 ? 255 : v); };
+  return above << 16 | byte(high) << 8 | byte(low);
+#else
+  uint32_t packed;
+  asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
+  return packed;
+#endif
+}
+
 // Starts a copy of 16 bytes from global to shared memory; only the first `bytes` are read, the rest becomes zero.
 // Both addresses are 16-byte aligned. Before sm_80 the copy is simply made.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes = 16) {

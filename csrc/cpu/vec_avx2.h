@@ -115,12 +115,17 @@ struct Vec {
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F with_sign_of(F v, F sign) { return _mm256_or_ps(v, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
+  static F times_sign_of(F v, F sign) { return _mm256_xor_ps(v, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f))); }
   static F sign(F v) {  // 0 for 0
     return with_sign_of(_mm256_and_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_OQ), set(1.0f)), v);
   }
 
   using M = __m256;  // all bits of a lane
   static M finite(F v) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), abs_bits(v))); }
+  static bool all(M mask) { return _mm256_movemask_ps(mask) == 0xff; }
+  static F larger_magnitude(F a, F v) {
+    return max(a, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
+  }  // of a >= 0 and v, without its sign
   static M positive(F v) { return _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ); }
   static M both(M a, M b) { return _mm256_and_ps(a, b); }
   static M lanes_below(int n) { return _mm256_castsi256_ps(lanes(n)); }
@@ -163,6 +168,13 @@ struct Vec {
   }
 
   // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
+  // The smaller magnitude of q and limit >= 0, with q's sign.
+  static F smaller_magnitude(F q, F limit) { return with_sign_of(min(abs(q), limit), q); }
+  static F at_least_1_where_positive(F q, F v) { return max(q, _mm256_and_ps(positive(v), set(1.0f))); }
+  // Levels -128 ... 128 as codes level + 127, the lowest of which is 0.
+  static void store_signed_codes(uint8_t* p, U levels, int n = kWidth) {
+    store_codes(p, _mm256_max_epi32(_mm256_add_epi32(levels, _mm256_set1_epi32(127)), _mm256_setzero_si256()), n);
+  }
   using Table8 = __m256;
   static Table8 table8(const float* p) { return _mm256_loadu_ps(p); }
   static F lookup(Table8 table, U index) { return _mm256_permutevar8x32_ps(table, index); }

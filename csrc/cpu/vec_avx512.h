@@ -66,12 +66,18 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v), _mm512_castps_si512(sign),
                                                          _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0xf8));
   }
+  static F times_sign_of(F v, F sign) {  // v ^ (sign & 0x80000000)
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(v), _mm512_castps_si512(sign),
+                                                         _mm512_set1_epi32(static_cast<int>(0x80000000u)), 0x78));
+  }
   static F sign(F v) {  // 0 for 0
     return with_sign_of(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ), set(1.0f)), v);
   }
 
   using M = __mmask16;
-  static M finite(F v) { return _mm512_cmplt_epu32_mask(abs_bits(v), _mm512_set1_epi32(0x7f800000)); }
+  static M finite(F v) { return static_cast<M>(~_mm512_fpclass_ps_mask(v, 0x99)); }  // neither NaN nor Inf
+  static bool all(M mask) { return mask == 0xffff; }
+  static F larger_magnitude(F a, F v) { return _mm512_range_ps(a, v, 0x0b); }  // of a >= 0 and v, without its sign
   static M positive(F v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ); }
   static M both(M a, M b) { return static_cast<M>(a & b); }
   static M lanes_below(int n) { return lanes(n); }
@@ -106,6 +112,14 @@ struct Vec {
   }
 
   // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
+  // The smaller magnitude of q and limit >= 0, with q's sign.
+  static F smaller_magnitude(F q, F limit) { return _mm512_range_ps(q, limit, 0x02); }
+  static F at_least_1_where_positive(F q, F v) { return _mm512_mask_max_ps(q, positive(v), q, set(1.0f)); }
+  // Levels -128 ... 128 as codes level + 127, the lowest of which is 0.
+  static void store_signed_codes(uint8_t* p, U levels, int n = kWidth) {
+    const __m128i bytes = _mm512_cvtsepi32_epi8(_mm512_add_epi32(levels, _mm512_set1_epi32(-1)));
+    _mm_mask_storeu_epi8(p, lanes(n), _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(0x80))));
+  }
   using Table8 = __m512;
   static Table8 table8(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
   static F lookup(Table8 table, U index) { return _mm512_permutexvar_ps(index, table); }

@@ -104,9 +104,16 @@ struct StepLoops {
     static constexpr int kSecondAt = Rule::kMoments;  // of the second moment among the states
     static constexpr int kSlots = kStates > 0 ? kStates : 1;
 
-    Codec<V, true> moments;
-    Codec<V, false> roots;
-    alignas(64) float param[kOptimBlock], grad[kOptimBlock], next[kSlots][kOptimBlock];
+    const StateCodec<V> codec{};
+    alignas(64) float param[kOptimBlock], grad[kOptimBlock], next[2][kSlots][kOptimBlock];
+
+    // The whole block whose new states wait in next[slot] to be encoded.
+    struct Waiting {
+      bool any = false;
+      int slot = 0;
+      int64_t first = 0;
+      float inverse[kSlots] = {};
+    } waiting;
 
     // The states of n elements from index i on, as the rule takes them.
     static void load_states(const Block& self, const OptimTensor& t, int64_t i, int n, const float* absmax, F (&m)[2],
@@ -114,8 +121,9 @@ struct StepLoops {
       for (int s = 0; s < kStates; ++s) {
         F value;
         if constexpr (kQuantized) {
-          const U codes = V::load_codes(static_cast<const uint8_t*>(t.state[s]) + i, n);
-          value = V::mul(s == kSecondAt ? self.roots.decode(codes) : self.moments.decode(codes), V::set(absmax[s]));
+          const uint8_t* codes = static_cast<const uint8_t*>(t.state[s]) + i;
+          value = s == kSecondAt ? self.codec.root(codes, n) : self.codec.moment(codes, n);
+          value = V::mul(value, V::set(absmax[s]));
         } else {
           value = V::load(static_cast<const float*>(t.state[s]) + i, n);
         }
@@ -130,7 +138,7 @@ struct StepLoops {
       }
     }
 
-    int64_t run(const OptimStep& step, const OptimTensor& t, const Factors& f, int64_t begin, int64_t end) {
+    int64_t run(const OptimStep& step, const OptimTensor& t, const Factors f, int64_t begin, int64_t end) {
       int64_t left_alone = 0;
       const DType param_dtype = static_cast<DType>(t.param_dtype), grad_dtype = static_cast<DType>(t.grad_dtype);
       uint32_t key = 0;
@@ -163,76 +171,104 @@ struct StepLoops {
                         step.stochastic, key_of_block(key, place.first));
           });
       }
+      if (waiting.any) encode_waiting(t);
       return left_alone;
     }
 
     int64_t update(const OptimTensor& t, const Factors& f, int64_t block, const BlockPlace& place, float* p,
                    const float* g) {
       float absmax[kSlots] = {};
-      U most[kSlots];
+      F most[kSlots];
       if constexpr (kQuantized)
         for (int s = 0; s < kStates; ++s) {
           absmax[s] = t.absmax[s][block];
-          most[s] = V::zero_bits();
+          most[s] = V::set(0.0f);
         }
+      if (waiting.any && place.count < kOptimBlock) encode_waiting(t);
+      const int slot = waiting.slot ^ 1;
       int64_t left_alone = 0;
       int j = 0;
+      if (waiting.any) {
+        for (; j < kOptimBlock; j += V::kWidth) {
+          left_alone += elements<true>(t, f, place, absmax, most, p, g, slot, j, V::kWidth);
+          encode_waiting_at(t, j);
+        }
+        waiting.any = false;
+      }
       for (; j + V::kWidth <= place.count; j += V::kWidth)
-        left_alone += elements<true>(t, f, place, absmax, most, p, g, j, V::kWidth);
-      if (j < place.count) left_alone += elements<false>(t, f, place, absmax, most, p, g, j, place.count - j);
-      if constexpr (kQuantized) {
+        left_alone += elements<true>(t, f, place, absmax, most, p, g, slot, j, V::kWidth);
+      if (j < place.count) left_alone += elements<false>(t, f, place, absmax, most, p, g, slot, j, place.count - j);
+      if constexpr (kQuantized && kStates > 0) {
         for (int s = 0; s < kStates; ++s) {
-          float largest = bits_float(V::reduce_max(most[s]));
+          float largest = bits_float(V::reduce_max(V::bits(most[s])));
           // What is left alone keeps its code under the same absmax.
           if (left_alone && largest < absmax[s]) largest = absmax[s];
-          encode(t, s, block, place, block_absmax(largest));
+          t.absmax[s][block] = block_absmax(largest);
+          waiting.inverse[s] = block_inverse(block_absmax(largest));
         }
+        waiting.slot = slot;
+        waiting.first = place.first;
+        waiting.any = place.count == kOptimBlock;
+        if (!waiting.any)
+          for (j = 0; j < place.count; j += V::kWidth)
+            encode_at(t, j, place.count - j < V::kWidth ? place.count - j : V::kWidth);
       }
       return left_alone;
     }
 
+    __attribute__((always_inline)) void encode_at(const OptimTensor& t, int j, int n) {
+      for (int s = 0; s < kStates; ++s) {
+        uint8_t* codes = static_cast<uint8_t*>(t.state[s]) + waiting.first + j;
+        const F v = V::mul(V::load(next[waiting.slot][s] + j), V::set(waiting.inverse[s]));
+        s == kSecondAt ? codec.store_root(codes, v, n) : codec.store_moment(codes, v, n);
+      }
+    }
+
+    __attribute__((always_inline)) void encode_waiting_at(const OptimTensor& t, int j) {
+      if constexpr (kQuantized) encode_at(t, j, V::kWidth);
+    }
+
+    void encode_waiting(const OptimTensor& t) {
+      for (int j = 0; j < kOptimBlock; j += V::kWidth) encode_waiting_at(t, j);
+      waiting.any = false;
+    }
+
     template <bool kWhole>
     __attribute__((always_inline)) int elements(const OptimTensor& t, const Factors& f, const BlockPlace& place,
-                                                const float* absmax, U* most, float* p, const float* g, int j, int n) {
+                                                const float* absmax, F* most, float* p, const float* g, int slot, int j,
+                                                int n) {
       if constexpr (kWhole) n = V::kWidth;
       F m[2], v, root, old[2];
       load_states(*this, t, place.first + j, n, absmax, m, v, root);
-      const F old_v = v, old_root = root;
+      F old_v = v, old_root = root;
       for (int s = 0; s < Rule::kMoments; ++s) old[s] = m[s];
       const F before = V::load(p + j, n);
       const F shrunk = V::mul(before, V::set(f.shrink));
       const F u = Rule::template direction<V>(f, shrunk, V::mul(V::load(g + j, n), V::set(f.grad)), m, v, root);
+      F after = V::fma(V::set(-f.size), u, shrunk);
       // Where the new state is NaN or Inf (a gradient that is, or whose square is), nothing changes.
       typename V::M valid = V::finite(kStates == 0 ? u : Rule::kSecond ? root : m[0]);
       if constexpr (Rule::kMoments == 2) valid = V::both(valid, V::finite(m[1]));
-      const F after = V::fma(V::set(-f.size), u, shrunk);
-      V::store(p + j, V::select(valid, after, before), n);
+      int left_alone = 0;
+      if (__builtin_expect(!V::all(valid), 0)) {
+        left_alone = n - V::count(V::both(valid, V::lanes_below(n)));
+        after = V::select(valid, after, before);
+        v = V::select(valid, v, old_v);
+        root = V::select(valid, root, old_root);
+        for (int s = 0; s < Rule::kMoments; ++s) m[s] = V::select(valid, m[s], old[s]);
+      }
+      V::store(p + j, after, n);
       for (int s = 0; s < kStates; ++s) {
         if constexpr (kQuantized) {
-          const F value = s == kSecondAt ? V::select(valid, root, old_root) : V::select(valid, m[s], old[s]);
-          V::store(next[s] + j, value);
-          most[s] = V::max_bits(most[s], V::abs_bits(value));
+          F value = s == kSecondAt ? root : m[s];
+          if constexpr (!kWhole) value = V::select(V::lanes_below(n), value, V::set(0.0f));  // code 0 is not 0
+          V::store(next[slot][s] + j, value);
+          most[s] = s == kSecondAt ? V::max(most[s], value) : V::larger_magnitude(most[s], value);
         } else {
-          const F value = s == kSecondAt ? V::select(valid, v, old_v) : V::select(valid, m[s], old[s]);
-          V::store(static_cast<float*>(t.state[s]) + place.first + j, value, n);
+          V::store(static_cast<float*>(t.state[s]) + place.first + j, s == kSecondAt ? v : m[s], n);
         }
       }
-      return n - V::count(V::both(valid, V::lanes_below(n)));
-    }
-
-    void encode(const OptimTensor& t, int s, int64_t block, const BlockPlace& place, float absmax) {
-      t.absmax[s][block] = absmax;
-      const F inverse = V::set(block_inverse(absmax));
-      uint8_t* codes = static_cast<uint8_t*>(t.state[s]) + place.first;
-      int j = 0;
-      for (; j + V::kWidth <= place.count; j += V::kWidth)
-        V::store_codes(codes + j, code_of(s, V::mul(V::load(next[s] + j), inverse)));
-      if (j < place.count)
-        V::store_codes(codes + j, code_of(s, V::mul(V::load(next[s] + j), inverse)), place.count - j);
-    }
-
-    __attribute__((always_inline)) U code_of(int s, F v) const {
-      return s == kSecondAt ? roots.template encode<true>(v) : moments.encode(v);
+      return left_alone;
     }
 
     // Sums of squares of the parameter and of what its norm is compared with.

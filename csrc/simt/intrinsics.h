@@ -103,6 +103,14 @@ inline int __dp4a(int a, int b, int sum) {
     total += static_cast<unsigned>(static_cast<int8_t>(a >> shift) * static_cast<int8_t>(b >> shift));
   return static_cast<int>(total);
 }
+// The high word of high:low shifted left by shift % 32.
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) << (shift & 31) >> 32);
+}
+// The low word of high:low shifted right by shift % 32.
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
 // Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes y:x.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;
@@ -134,6 +142,9 @@ inline int __float2int_rn(float value) {
   if (value >= 0x1p31f) return std::numeric_limits<int>::max();
   if (value < -0x1p31f) return std::numeric_limits<int>::min();
   return static_cast<int>(std::nearbyint(value));
+}
+inline float __saturatef(float value) {  // NaN gives 0
+  return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f;
 }
 // Of two floats the one that is not NaN wins, as in CUDA.
 template <class A, class B>

@@ -35,4 +35,8 @@ inline void fill_bytes(void* data, int byte, size_t bytes, Stream) {
 inline int multiprocessors() {
   return 2;  // few, so that small matrices are large enough for every kernel
 }
+template <class Kernel>
+int resident_blocks(Kernel, int) {
+  return 3;  // few and odd: blocks take several turns, and not equally many
+}
 }  // namespace octavo

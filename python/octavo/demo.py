@@ -26,9 +26,11 @@ from torch import Tensor
 from . import evaluate, models
 from ._version import __version__
 from .nn import Int8Linear
+from .optim import AdamW8bit
 from .quantize import quantize_model
 
 CONTEXT = 512
+_TRAIN_TOKENS = 64  # of the gradient that the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
 _TEXT = ("execmodel", "import", "objects")
@@ -61,6 +63,15 @@ class Row:
     decode: float
     sample: str
     note: str
+
+
+@dataclass
+class OptimizerRow:
+    """One step of an optimizer over all parameters of the fp32 model: bytes of its state, median seconds."""
+
+    name: str
+    state_bytes: int
+    step_s: float
 
 
 def _int8(threshold: float) -> Callable[[Any, Tensor], Any]:
@@ -123,6 +134,8 @@ def run(
         speeds = evaluate.speed(candidates, ids[0], steps=9, rounds=rounds, warm=True)
         step("samples")
         samples = [_sample(model, tokenizer) for model in candidates]
+        step("one training step, in turns")
+        optimizers = _optimizers(reference, calibration[0, :_TRAIN_TOKENS])
     layers = _quantized_layers(candidates)
     rows = [
         Row(
@@ -138,10 +151,11 @@ def run(
         )
         for method, model, score, speed, sample in zip(methods, candidates, scores, speeds, samples, strict=True)
     ]
-    record = _record(ids, rows, len(layers), time.perf_counter() - begin)
+    record = _record(ids, rows, optimizers, len(layers), time.perf_counter() - begin)
     (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _plot(rows, folder / "demo.png", record)
     _print(console, rows, record)
+    _print_optimizers(console, optimizers, record)
     console.print(f"written: {folder / 'demo.json'}, {folder / 'demo.png'}; {record['seconds']:.0f} s in all")
     return rows
 
@@ -169,6 +183,32 @@ def _score(reference: Any, candidates: Sequence[Any], ids: Tensor, step: Callabl
             log_probs = exact if model is reference else evaluate.log_probabilities(model, window)
             score.add(log_probs, window, exact)
     return scores
+
+
+def _optimizers(model: Any, ids: Tensor) -> list[OptimizerRow]:
+    """AdamW with 32- and 8-bit state on the model's parameters and a real gradient; lr is 0, so the model stays."""
+    from .bench.common import Effort, time_paired
+
+    model.requires_grad_(True)
+    model(input_ids=ids[None], labels=ids[None], use_cache=False).loss.backward()
+    made: dict[str, torch.optim.Optimizer] = {
+        "torch AdamW, fp32 state": torch.optim.AdamW(model.parameters(), lr=0.0, fused=True),
+        "octavo AdamW8bit": AdamW8bit(model.parameters(), lr=0.0),
+    }
+    timings = time_paired({name: [one.step] for name, one in made.items()}, Effort(0.0, 5.0, 3, 9))
+    return [
+        OptimizerRow(
+            name,
+            sum(
+                value.numel() * value.element_size()
+                for state in one.state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
+            ),
+            timings[name].median,
+        )
+        for name, one in made.items()
+    ]
 
 
 def _sample(model: Any, tokenizer: Any) -> str:
@@ -202,7 +242,9 @@ def _progress(console: Console) -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(f"{what} ...")
 
 
-def _record(ids: Tensor, rows: Sequence[Row], layers: int, seconds: float) -> dict[str, Any]:
+def _record(
+    ids: Tensor, rows: Sequence[Row], optimizers: Sequence[OptimizerRow], layers: int, seconds: float
+) -> dict[str, Any]:
     from .bench.common import describe_machine
 
     return {
@@ -216,6 +258,7 @@ def _record(ids: Tensor, rows: Sequence[Row], layers: int, seconds: float) -> di
         "peak_memory": evaluate.peak_memory(),
         "machine": describe_machine(),
         "rows": [asdict(row) for row in rows],
+        "optimizers": [asdict(row) for row in optimizers],
     }
 
 
@@ -246,6 +289,17 @@ def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> Non
     console.print(f"\n{PROMPT}")
     for row in rows:
         console.print(f"[bold]{row.name}[/bold]  {escape(' '.join(row.sample.split()))}")
+
+
+def _print_optimizers(console: Console, rows: Sequence[OptimizerRow], record: dict[str, Any]) -> None:
+    table = Table(title=f"one optimizer step on {record['model']}, fp32 parameters", box=SIMPLE_HEAD)
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("state, MB", justify="right")
+    table.add_column("ms / step", justify="right")
+    for row in rows:
+        share = f"{row.state_bytes / rows[0].state_bytes:4.0%}"
+        table.add_row(row.name, f"{row.state_bytes / 1e6:.0f} {share}", f"{row.step_s * 1e3:.0f}")
+    console.print(table)
 
 
 def _plot(rows: Sequence[Row], path: Path, record: dict[str, Any]) -> None:

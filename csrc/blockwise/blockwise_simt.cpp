@@ -1,0 +1,1 @@
+#include "blockwise/blockwise_cuda.cu"

@@ -1,0 +1,576 @@
+// One step of an optimizer over many tensors, states in 8 bits or fp32. Bound by memory: every byte is read and written
+// once, in accesses of up to 16 bytes that neighbouring lanes make side by side.
+//
+// One launch for all tensors with fp32 parameters and one for those with 16 bits. A thread block goes through chunks, a
+// warp of it through blocks of 256 elements, 8 per lane, that stay in registers from the gradient to the new codes: what
+// is shared by a block of states (two maxima) is shared by a warp, and no barrier is met but where another tensor brings
+// other factors.
+#include "blockwise/codec_gpu.h"
+#include "common/lane.h"
+#include "common/reduce.h"
+#include "common/tile.h"
+#include "optim8/optim8.h"
+#include "optim8/rules.h"
+
+namespace octavo::GPU_NS {
+
+constexpr int kStepThreads = 256, kStepWarps = kStepThreads / 32;
+constexpr int kEach = kOptimBlock / 32;  // elements of a block that a lane holds
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+// ---- a block of 256 elements in the lanes of a warp ----
+//
+// Element e of a lane: with fp32 parameters 4 * lane + e, and from e = 4 on 128 more; with 16-bit ones 8 * lane + e.
+// Either way the parameter is read in 16-byte accesses. Blocks that are not whole, or not aligned, go element by
+// element: 32 * e + lane.
+
+struct BlockPlace {
+  int64_t first;  // element
+  int count;      // of elements
+  bool packed;
+
+  __device__ BlockPlace(const OptimTensor& t, int64_t block, bool aligned) {
+    if (t.row == t.count || t.row % kOptimBlock == 0) {
+      first = block * kOptimBlock;
+      const int64_t left = t.count - first;
+      count = static_cast<int>(left < kOptimBlock ? left : kOptimBlock);
+    } else {
+      const int64_t row = block / t.row_blocks, from = (block - row * t.row_blocks) * kOptimBlock;
+      first = row * t.row + from;
+      count = static_cast<int>(t.row - from < kOptimBlock ? t.row - from : kOptimBlock);
+    }
+    packed = aligned && count == kOptimBlock && first % kEach == 0;
+  }
+};
+
+__device__ inline unsigned lane_id() {
+  return threadIdx.x % 32;
+}
+
+template <bool kWide>
+struct Lanes {
+  static constexpr int kPart = kWide ? 4 : 8;  // neighbouring elements
+  // Where in its block element e of this lane is.
+  static __device__ int index(int e, bool packed) {
+    if (!packed) return 32 * e + static_cast<int>(lane_id());
+    return kWide ? 4 * static_cast<int>(lane_id()) + e % 4 + e / 4 * 128 : 8 * static_cast<int>(lane_id()) + e;
+  }
+
+  template <class T>
+  static constexpr int kAccess = kPart < kVectorWidth<T> ? kPart : kVectorWidth<T>;  // elements of one access
+
+  // Number of the access that brings element e.
+  template <class T>
+  static __device__ int64_t access(int64_t first, int e) {
+    constexpr int kParts = kPart / kAccess<T>;
+    return first / kAccess<T> + (e / kPart * 32 + lane_id()) * kParts + e % kPart / kAccess<T>;
+  }
+
+  template <class T>
+  static __device__ void load(const T* from, const BlockPlace& place, T (&to)[kEach]) {
+    if (place.packed) {
+      UNROLL for (int e = 0; e < kEach; e += kAccess<T>) {
+        const auto pack = load_pack<kAccess<T>>(from, access<T>(place.first, e));
+        UNROLL for (int i = 0; i < kAccess<T>; ++i) to[e + i] = pack.at[i];
+      }
+    } else {
+      UNROLL for (int e = 0; e < kEach; ++e) {
+        const int at = index(e, false);
+        to[e] = at < place.count ? from[place.first + at] : T{};
+      }
+    }
+  }
+
+  template <class T>
+  static __device__ void store(T* to, const BlockPlace& place, const T (&from)[kEach]) {
+    if (place.packed) {
+      UNROLL for (int e = 0; e < kEach; e += kAccess<T>) {
+        Pack<T, kAccess<T>> pack;
+        UNROLL for (int i = 0; i < kAccess<T>; ++i) pack.at[i] = from[e + i];
+        store_pack(to, access<T>(place.first, e), pack);
+      }
+    } else {
+      UNROLL for (int e = 0; e < kEach; ++e) {
+        const int at = index(e, false);
+        if (at < place.count) to[place.first + at] = from[e];
+      }
+    }
+  }
+
+  // Codes, four in a word. Outside the tensor: `zero`.
+  static __device__ void load_codes(const uint8_t* from, const BlockPlace& place, uint32_t zero,
+                                    uint32_t (&words)[kEach / 4]) {
+    if (place.packed) {
+      constexpr int kWords = kPart / 4;
+      UNROLL for (int w = 0; w < kEach / 4; w += kWords) {
+        const auto pack = load_pack<kWords>(reinterpret_cast<const uint32_t*>(from),
+                                            place.first / kPart + w * 32 + lane_id());
+        UNROLL for (int i = 0; i < kWords; ++i) words[w + i] = pack.at[i];
+      }
+    } else {
+      UNROLL for (int w = 0; w < kEach / 4; ++w) {
+        words[w] = 0;
+        UNROLL for (int e = 0; e < 4; ++e) {
+          const int at = index(4 * w + e, false);
+          words[w] |= (at < place.count ? from[place.first + at] : zero) << 8 * e;
+        }
+      }
+    }
+  }
+
+  static __device__ void store_codes(uint8_t* to, const BlockPlace& place, const uint32_t (&words)[kEach / 4]) {
+    if (place.packed) {
+      constexpr int kWords = kPart / 4;
+      UNROLL for (int w = 0; w < kEach / 4; w += kWords) {
+        Pack<uint32_t, kWords> pack;
+        UNROLL for (int i = 0; i < kWords; ++i) pack.at[i] = words[w + i];
+        store_pack(reinterpret_cast<uint32_t*>(to), place.first / kPart + w * 32 + lane_id(), pack);
+      }
+    } else {
+      UNROLL for (int e = 0; e < kEach; ++e) {
+        const int at = index(e, false);
+        if (at < place.count) to[place.first + at] = static_cast<uint8_t>(words[e / 4] >> 8 * (e % 4));
+      }
+    }
+  }
+
+  template <class T>
+  static __device__ void load_floats(const void* from, const BlockPlace& place, float (&to)[kEach]) {
+    T stored[kEach];
+    load(static_cast<const T*>(from), place, stored);
+    UNROLL for (int e = 0; e < kEach; ++e) to[e] = to_float(stored[e]);
+  }
+
+  static __device__ void load_floats(const void* from, DType dtype, const BlockPlace& place, float (&to)[kEach]) {
+    if (dtype == DType::f32)
+      load_floats<float>(from, place, to);
+    else if (dtype == DType::f16)
+      load_floats<Half>(from, place, to);
+    else
+      load_floats<BFloat16>(from, place, to);
+  }
+
+  // ---- parameters: fp32 as they are; 16 bits with what Kahan's compensation keeps ----
+
+  static __device__ void load_param(const OptimTensor& t, const BlockPlace& place, float (&p)[kEach]) {
+    if constexpr (kWide) {
+      load_floats<float>(t.param, place, p);
+    } else {
+      const bool half = static_cast<DType>(t.param_dtype) == DType::f16;
+      if (half)
+        load_floats<Half>(t.param, place, p);
+      else
+        load_floats<BFloat16>(t.param, place, p);
+      if (t.compensation == nullptr) return;
+      float kept[kEach];
+      if (half)
+        load_floats<Half>(t.compensation, place, kept);
+      else
+        load_floats<BFloat16>(t.compensation, place, kept);
+      UNROLL for (int e = 0; e < kEach; ++e) p[e] += kept[e];
+    }
+  }
+
+  template <class T>
+  static __device__ void store_rounded(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach]) {
+    T stored[kEach];
+    UNROLL for (int e = 0; e < kEach; ++e) stored[e] = from_float<T>(p[e]);
+    store(static_cast<T*>(t.param), place, stored);
+    if (t.compensation == nullptr) return;
+    UNROLL for (int e = 0; e < kEach; ++e) stored[e] = from_float<T>(p[e] - to_float(stored[e]));
+    store(static_cast<T*>(t.compensation), place, stored);
+  }
+
+  // Adds 16 random bits below those that stay, and truncates: up with the probability of the part cut off.
+  static __device__ void store_at_random(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach],
+                                         uint32_t key) {
+    BFloat16 stored[kEach];
+    UNROLL for (int e = 0; e < kEach; ++e) {
+      const uint32_t random = mix_bits(key + static_cast<uint32_t>(index(e, place.packed))) & 0xffffu;
+      const uint32_t bits = float_bits(p[e]) + (abs_bits(p[e]) < kInfinity ? random : 0);  // Inf must not become NaN
+      stored[e] = {static_cast<uint16_t>(bits >> 16)};
+    }
+    store(static_cast<BFloat16*>(t.param), place, stored);
+  }
+
+  static __device__ void store_param(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach],
+                                     bool stochastic, uint32_t key) {
+    if constexpr (kWide)
+      store(static_cast<float*>(t.param), place, p);
+    else if (static_cast<DType>(t.param_dtype) == DType::f16)
+      store_rounded<Half>(t, place, p);
+    else if (!stochastic)
+      store_rounded<BFloat16>(t, place, p);
+    else
+      store_at_random(t, place, p, key_of_block(key, place.first));
+  }
+};
+
+// Whether the blocks of t can be moved in packs, as far as its addresses decide.
+__device__ inline bool aligned(const OptimTensor& t, int states) {
+  uintptr_t bits = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad) |
+                   reinterpret_cast<uintptr_t>(t.compensation);
+  for (int s = 0; s < states; ++s) {
+    const auto address = reinterpret_cast<uintptr_t>(t.state[s]);
+    bits |= t.quantized ? address * 2 : address;  // codes: 8 bytes
+  }
+  return bits % 16 == 0;
+}
+
+// ---- states ----
+
+template <class Rule>
+struct States {
+  static constexpr int kCount = Rule::kMoments + (Rule::kSecond ? 1 : 0);
+  static constexpr int kSecondAt = Rule::kMoments;  // of the second moment among them
+  static constexpr int kSlots = kCount > 0 ? kCount : 1;
+  static constexpr int kMaps = Rule::kMoments > 0 && Rule::kSecond ? 2 : 1;
+  static HD constexpr bool second(int s) { return s == kSecondAt; }
+  static HD constexpr int map_of(int s) { return second(s) ? kMaps - 1 : 0; }  // in the tables
+};
+
+// The states of a lane's elements as they are in memory: codes with their absmax, or floats.
+template <class Rule, bool kQuantized, bool kWide>
+struct StoredStates {
+  using S = States<Rule>;
+  uint32_t codes[S::kSlots][kEach / 4];
+  float absmax[S::kSlots];
+  float floats[S::kSlots][kQuantized ? 1 : kEach];
+
+  __device__ void load(const OptimTensor& t, const BlockPlace& place, int64_t block) {
+    UNROLL for (int s = 0; s < S::kCount; ++s) {
+      if constexpr (kQuantized) {
+        Lanes<kWide>::load_codes(static_cast<const uint8_t*>(t.state[s]), place, S::second(s) ? 0 : 127, codes[s]);
+        absmax[s] = t.absmax[s][block];
+      } else {
+        Lanes<kWide>::load(static_cast<const float*>(t.state[s]), place, floats[s]);
+      }
+    }
+  }
+
+  // State s of element e as it is kept between steps: of a second moment in 8 bits the root.
+  __device__ float value(const StateTable* tables, int s, int e) const {
+    if constexpr (kQuantized)
+      return (S::second(s) ? state_value<false>(tables[S::map_of(s)], codes[s][e / 4], e % 4)
+                           : state_value<true>(tables[S::map_of(s)], codes[s][e / 4], e % 4)) *
+             absmax[s];
+    else
+      return floats[s][e];
+  }
+};
+
+// ---- the step ----
+
+// What a rule made of one element.
+struct Stepped {
+  float u, m[2], v, root;
+
+  template <class Rule, bool kQuantized, bool kWide>
+  __device__ Stepped(Rule, const StoredStates<Rule, kQuantized, kWide>& stored, const StateTable* tables, int e,
+                     const Factors& f, float p, float g)
+      : m{0.0f, 0.0f}, v(0.0f), root(0.0f) {
+    using S = States<Rule>;
+    UNROLL for (int s = 0; s < S::kCount; ++s) {
+      const float value = stored.value(tables, s, e);
+      if (!S::second(s)) {
+        m[s] = value;
+      } else if (kQuantized) {
+        root = value;
+        v = value * value;
+      } else {
+        v = value;
+      }
+    }
+    u = Rule::template direction<Lane>(f, p, g * f.grad, m, v, root);
+  }
+
+  // State s as it is kept.
+  template <class Rule, bool kQuantized>
+  __device__ float kept(int s) const {
+    return !States<Rule>::second(s) ? m[s] : kQuantized ? root : v;
+  }
+};
+
+// Of these states NaN and Inf are looked for: they come from a gradient that is, or whose square is. Elements where one
+// is found are left alone. (Without states, that is decided by the direction.)
+template <class Rule>
+HD constexpr bool checked(int s) {
+  return States<Rule>::second(s) || !Rule::kSecond || (Rule::kMoments == 2 && s == 1);
+}
+
+// Puts back what must be left alone, and makes `most` what it is without.
+template <class Rule, bool kQuantized, bool kWide>
+__device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const OptimTensor& t, const Factors& f,
+                                            const StateTable* tables, const BlockPlace& place,
+                                            const StoredStates<Rule, kQuantized, kWide>& stored, float (&p)[kEach],
+                                            const float (&g)[kEach], float (&state)[States<Rule>::kSlots][kEach],
+                                            uint32_t (&most)[States<Rule>::kSlots]) {
+  using S = States<Rule>;
+  using L = Lanes<kWide>;
+  float before[kEach];
+  L::load_param(t, place, before);
+  int left_alone = 0;
+  UNROLL for (int e = 0; e < kEach; ++e) {
+    bool valid = true;
+    if constexpr (S::kCount == 0)
+      valid = abs_bits(Stepped(rule, stored, tables, e, f, before[e] * f.shrink, g[e]).u) < kInfinity;
+    UNROLL for (int i = 0; i < S::kCount; ++i) {
+      if (checked<Rule>(i)) valid &= abs_bits(state[i][e]) < kInfinity;
+      if (S::second(i)) valid &= state[i][e] >= 0.0f;  // v below 0 has no root
+    }
+    if (valid) continue;
+    p[e] = before[e];
+    UNROLL for (int i = 0; i < S::kCount; ++i) state[i][e] = stored.value(tables, i, e);
+    if (L::index(e, place.packed) < place.count) ++left_alone;
+  }
+  if constexpr (kQuantized) {
+    UNROLL for (int i = 0; i < S::kCount; ++i) {
+      float largest = left_alone > 0 ? stored.absmax[i] : 0.0f;  // what is left alone keeps its code
+      UNROLL for (int e = 0; e < kEach; ++e) largest = fmaxf(largest, fabsf(state[i][e]));
+      most[i] = float_bits(largest);
+    }
+  }
+  if (left_alone > 0)
+    atomicAdd(reinterpret_cast<unsigned long long*>(s.nonfinite), static_cast<unsigned long long>(left_alone));
+}
+
+template <class Rule, bool kQuantized, bool kWide>
+__device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const OptimTensor& t, const Factors& f,
+                                           const StateTable* tables, const BlockPlace& place, int64_t block,
+                                           uint32_t key) {
+  using S = States<Rule>;
+  using L = Lanes<kWide>;
+  float p[kEach], g[kEach], state[S::kSlots][kEach];
+  StoredStates<Rule, kQuantized, kWide> stored;
+  L::load_param(t, place, p);
+  L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
+  stored.load(t, place, block);
+
+  // The largest magnitudes, as integers, which do not lose a NaN, where one is looked for; of roots, their sign is known.
+  uint32_t most[S::kSlots] = {};
+  UNROLL for (int e = 0; e < kEach; ++e) {
+    const float shrunk = p[e] * f.shrink;
+    const Stepped next(rule, stored, tables, e, f, shrunk, g[e]);
+    p[e] = fmaf(-f.size, next.u, shrunk);
+    if (S::kCount == 0) most[0] = max(most[0], abs_bits(next.u));
+    UNROLL for (int i = 0; i < S::kCount; ++i) {
+      state[i][e] = next.template kept<Rule, kQuantized>(i);
+      if (S::second(i))
+        most[i] = max(most[i], float_bits(next.root));
+      else if (checked<Rule>(i))
+        most[i] = max(most[i], abs_bits(state[i][e]));
+      else if (kQuantized)
+        most[i] = float_bits(fmaxf(bits_float(most[i]), fabsf(state[i][e])));
+    }
+  }
+
+  uint32_t worst = S::kCount == 0 ? most[0] : 0;
+  UNROLL for (int i = 0; i < S::kCount; ++i) {
+    if (checked<Rule>(i)) worst = max(worst, most[i]);
+  }
+  if (worst >= kInfinity) leave_alone(rule, s, t, f, tables, place, stored, p, g, state, most);
+
+  L::store_param(t, place, p, s.stochastic, key);
+  UNROLL for (int i = 0; i < S::kCount; ++i) {
+    if constexpr (kQuantized) {
+      const float absmax = block_absmax(bits_float(warp_max(most[i])));
+      const float inverse = block_inverse(absmax);
+      if (lane_id() == 0) t.absmax[i][block] = absmax;
+      UNROLL for (int e = 0; e < kEach; ++e) state[i][e] *= inverse;
+      uint32_t words[kEach / 4];
+      if (S::second(i))
+        state_codes<false>(tables[S::map_of(i)], state[i], words);
+      else
+        state_codes<true>(tables[S::map_of(i)], state[i], words);
+      L::store_codes(static_cast<uint8_t*>(t.state[i]), place, words);
+    } else {
+      L::store(static_cast<float*>(t.state[i]), place, state[i]);
+    }
+  }
+}
+
+// ---- chunks ----
+
+// What a thread block keeps from chunk to chunk, in shared memory.
+template <class Rule>
+struct Workplace {
+  StateTable tables[States<Rule>::kMaps];
+  Factors factors;
+};
+
+// One chunk, and what of the workplace is ready. All members are the same in every thread of the block.
+struct Chunk {
+  const OptimTensor* t;
+  int64_t index;       // of the tensor
+  int64_t begin, end;  // blocks of the tensor
+  float step;
+
+  float factors_step = 0.0f;  // of the factors in shared memory; 0: none yet
+  int64_t factors_tensor = -1;
+  bool filled = false;
+
+  __device__ void enter(const OptimStep& s, int64_t chunk) {
+    index = s.chunks[chunk];
+    t = s.tensors + index;
+    step = *t->step;
+    const int64_t blocks =
+        (index + 1 < s.tensor_count ? s.tensors[index + 1].first_block : s.block_count) - t->first_block;
+    begin = (chunk - t->first_chunk) * kChunkBlocks;
+    end = begin + kChunkBlocks < blocks ? begin + kChunkBlocks : blocks;
+  }
+
+  // Makes the tables and the factors that this chunk needs, unless they are there. norms: use those of the tensor.
+  template <class Rule>
+  __device__ void prepare(Rule, const OptimStep& s, Workplace<Rule>& place, bool norms) {
+    using S = States<Rule>;
+    const bool fill = S::kCount > 0 && t->quantized && !filled;
+    const bool derive = step != factors_step || (norms && index != factors_tensor);
+    if (!fill && !derive) return;
+    __syncthreads();  // no warp is at the chunk before any more
+    if (fill) {
+      UNROLL for (int m = 0; m < S::kMaps; ++m)
+        fill_table(place.tables[m], kGpuMaps[Rule::kMoments > 0 && m == 0]);
+      filled = true;
+    }
+    if (derive) {
+      if (threadIdx.x == 0)
+        place.factors = factors_of(Rule::kRule, s.hyper, s.lr != nullptr ? *s.lr : s.hyper.lr, step, grad_factor(s),
+                                   norms ? s.tensor_norms + 2 * index : nullptr);
+      factors_step = step;
+      factors_tensor = index;
+    }
+    __syncthreads();
+  }
+};
+
+// Loads of what the host may set between steps.
+__device__ inline bool nothing_to_do(const OptimStep& s) {
+  return s.found_inf != nullptr && *s.found_inf != 0.0f;
+}
+
+template <class Rule, bool kWide>
+__global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s, int64_t begin, int64_t end) {
+  SHARED(Workplace<Rule>, place, [1]);
+  if (nothing_to_do(s)) return;
+  Chunk at;
+  NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
+    at.enter(s, chunk);
+    at.prepare(Rule{}, s, place[0], Rule::kTrust);
+    const OptimTensor& t = *at.t;
+    const Factors& f = place[0].factors;
+    const bool packable = aligned(t, States<Rule>::kCount);
+    uint32_t key = 0;
+    if (!kWide && s.stochastic) key = random_key(s.seed, t.id, at.step);
+    NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
+      const BlockPlace where(t, block, packable);
+      if (t.quantized)
+        step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
+      else
+        step_block<Rule, false, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
+    }
+  }
+}
+
+// ---- norms of LAMB and LARS ----
+
+__device__ inline double warp_sum(double v) {
+  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kFullWarp, v, distance);
+  return v;
+}
+
+template <class Rule, bool kQuantized, bool kWide>
+__device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const Factors& f, const StateTable* tables,
+                                          const BlockPlace& place, int64_t block, double (&sums)[2]) {
+  using L = Lanes<kWide>;
+  float p[kEach], g[kEach];
+  StoredStates<Rule, kQuantized, kWide> stored;
+  L::load_param(t, place, p);
+  L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
+  if constexpr (Rule::kSecond) stored.load(t, place, block);
+  UNROLL for (int e = 0; e < kEach; ++e) {
+    float other = g[e] * f.grad;
+    if constexpr (Rule::kSecond) other = Stepped(rule, stored, tables, e, f, p[e], g[e]).u;
+    if (abs_bits(other) < kInfinity && L::index(e, place.packed) < place.count) {
+      sums[0] += static_cast<double>(p[e]) * static_cast<double>(p[e]);
+      sums[1] += static_cast<double>(other) * static_cast<double>(other);
+    }
+  }
+}
+
+// Sums of squares of each chunk.
+template <class Rule, bool kWide>
+__global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep s, int64_t begin, int64_t end) {
+  SHARED(Workplace<Rule>, place, [1]);
+  SHARED(double, parts, [2][kStepWarps][2]);
+  if (nothing_to_do(s)) return;
+  Chunk at;
+  int phase = 0;
+  NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
+    at.enter(s, chunk);
+    at.prepare(Rule{}, s, place[0], false);
+    const OptimTensor& t = *at.t;
+    const bool packable = aligned(t, States<Rule>::kCount);
+    double sums[2] = {0.0, 0.0};
+    NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
+      const BlockPlace where(t, block, packable);
+      if (t.quantized)
+        add_norms<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
+      else
+        add_norms<Rule, false, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
+    }
+    for (int i = 0; i < 2; ++i) {
+      sums[i] = warp_sum(sums[i]);
+      if (lane_id() == 0) parts[phase][threadIdx.x / 32][i] = sums[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < 2) {
+      double sum = 0.0;
+      for (int warp = 0; warp < kStepWarps; ++warp) sum += parts[phase][warp][threadIdx.x];
+      s.chunk_norms[2 * chunk + threadIdx.x] = sum;
+    }
+    phase ^= 1;
+  }
+}
+
+// Of each tensor, by one warp: lanes take chunks in turn, so that the sum depends on nothing but their number.
+__global__ void __launch_bounds__(kStepThreads) tensor_norms_kernel(OptimStep s) {
+  if (nothing_to_do(s)) return;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kStepWarps + threadIdx.x / 32;
+  if (index >= s.tensor_count) return;
+  const int64_t begin = s.tensors[index].first_chunk;
+  const int64_t end = index + 1 < s.tensor_count ? s.tensors[index + 1].first_chunk : s.chunk_count;
+  double sums[2] = {0.0, 0.0};
+  for (int64_t chunk = begin + lane_id(); chunk < end; chunk += 32)
+    for (int i = 0; i < 2; ++i) sums[i] += s.chunk_norms[2 * chunk + i];
+  for (int i = 0; i < 2; ++i) {
+    sums[i] = warp_sum(sums[i]);
+    if (lane_id() == 0) s.tensor_norms[2 * index + i] = sums[i];
+  }
+}
+
+// ---- launches ----
+
+template <class Kernel>
+void launch_chunks(Kernel kernel, const OptimStep& s, int64_t begin, int64_t end, Stream stream) {
+  if (begin == end) return;
+  const int64_t most = resident_blocks(kernel, kStepThreads);
+  const dim3 grid(static_cast<unsigned>(end - begin < most ? end - begin : most));
+  LAUNCH(kernel, grid, dim3(kStepThreads), 0, stream, s, begin, end);
+}
+
+void optim_step(const OptimStep& s, Stream stream) {
+  if (s.block_count == 0) return;
+  dispatch_rule(s.rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    if constexpr (Rule::kTrust) {
+      launch_chunks(chunk_norms_kernel<Rule, true>, s, 0, s.wide_chunks, stream);
+      launch_chunks(chunk_norms_kernel<Rule, false>, s, s.wide_chunks, s.chunk_count, stream);
+      const dim3 grid(static_cast<unsigned>(ceil_div(s.tensor_count, kStepWarps)));
+      LAUNCH(tensor_norms_kernel, grid, dim3(kStepThreads), 0, stream, s);
+    }
+    launch_chunks(optim_step_kernel<Rule, true>, s, 0, s.wide_chunks, stream);
+    launch_chunks(optim_step_kernel<Rule, false>, s, s.wide_chunks, s.chunk_count, stream);
+  });
+}
+
+}  // namespace octavo::GPU_NS
