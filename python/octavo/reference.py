@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .reference_optim import optim_step as optim_step
 from .reference_optim import optim_table as optim_table
+from .reference_states import dynamic_map as dynamic_map
+from .reference_states import thresholds as thresholds
 
 _MIN_ABSMAX = 2.0**-120
 
@@ -138,26 +140,6 @@ def int8_linear(
 # ---- 8-bit blocks --------------------------------------------------------------------------------------------------
 
 _MIN_BLOCK_ABSMAX = 2.0**-126
-
-
-def dynamic_map(signed: bool = True) -> Tensor:
-    """The dynamic map of arXiv 2110.02861 (section 2.1): fp32 [256], ascending.
-
-    Decade i of seven, from 1e-6 to 1, is [0.1, 1] in equal cells, the centres of which are values: 2**i of them with
-    either sign, or 2**(i + 1) without; then 0 and 1.
-    """
-    values = [0.0, 1.0]
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
-        centres = (10 ** (i - 6)) * ((bounds[:-1] + bounds[1:]) / 2)
-        values += centres.tolist() + ((-centres).tolist() if signed else [])
-    return torch.tensor(sorted(values))
-
-
-def thresholds(code: Tensor) -> Tensor:
-    """Exact midpoints of neighbouring values, in float64: a value's code is the number of them below it."""
-    values = code.double()
-    return (values[:-1] + values[1:]) / 2
 
 
 def _code_of(values: Tensor, code: Tensor) -> Tensor:
