@@ -6,6 +6,7 @@ be as close to them as fp32 accumulation allows). Slow, and meant to be read.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -146,6 +147,11 @@ def dynamic_map(signed: bool = True) -> Tensor:
     Decade i of seven, from 1e-6 to 1, is [0.1, 1] in equal cells, the centres of which are values: 2**i of them with
     either sign, or 2**(i + 1) without; then 0 and 1.
     """
+    return _dynamic_map(signed).clone()
+
+
+@functools.cache
+def _dynamic_map(signed: bool) -> Tensor:
     values = [0.0, 1.0]
     for i in range(7):
         bounds = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
@@ -167,7 +173,7 @@ def _code_of(values: Tensor, code: Tensor) -> Tensor:
 def quantize_blockwise(
     x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    book = dynamic_map(signed).to(x.device) if code is None else code
+    book = _dynamic_map(signed).to(x.device) if code is None else code
     flat = x.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
     absmax = torch.where(blocks.isfinite(), blocks.abs(), 0.0).amax(1)
@@ -187,6 +193,6 @@ def dequantize_blockwise(
     signed: bool = True,
     code: Tensor | None = None,
 ) -> Tensor:
-    book = dynamic_map(signed).to(codes.device) if code is None else code
+    book = _dynamic_map(signed).to(codes.device) if code is None else code
     scale = absmax.repeat_interleave(blocksize)[: codes.numel()]
     return (book[codes.long()] * scale.view(codes.shape)).to(dtype)

@@ -303,9 +303,9 @@ def _from_blocks(blocks: Tensor, row: int) -> Tensor:
 
 
 def _decode(codes: Tensor, absmax: Tensor, row: int, signed: bool) -> Tensor:
-    from .reference import dynamic_map
+    from .reference import _dynamic_map
 
-    blocks = dynamic_map(signed).to(codes.device)[_blocks_of(codes.flatten(), row).long()]
+    blocks = _dynamic_map(signed).to(codes.device)[_blocks_of(codes.flatten(), row).long()]
     return _from_blocks(blocks * absmax.reshape(-1, 1), row)
 
 
