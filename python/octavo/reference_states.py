@@ -20,6 +20,11 @@ def dynamic_map(signed: bool = True) -> Tensor:
     Decade i of seven, from 1e-6 to 1, is [0.1, 1] in equal cells, the centres of which are values: 2**i of them with
     either sign, or 2**(i + 1) without; then 0 and 1.
     """
+    return _dynamic_map(signed).clone()
+
+
+@functools.cache
+def _dynamic_map(signed: bool) -> Tensor:
     values = [0.0, 1.0]
     for i in range(7):
         bounds = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
