@@ -135,7 +135,8 @@ __device__ __forceinline__ float state_value(const StateTable& table, uint32_t c
   const float code = static_cast<float>(codes >> 8 * byte & 0xff);  // one instruction
   if (kSigned) {
     const float x = fmaf(code, 2.0f, -254.0f);
-    const float2 line = table.value[index_from<kRegionBits>(float_bits(x)) & 7];
+    const uint32_t offset = float_bits(x) >> (kRegionBits - 3) & 7 * sizeof(float2);
+    const float2 line = *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(table.value) + offset);
     return fmaf(x, line.x, bits_float(float_bits(line.y) ^ (float_bits(x) & 0x80000000u)));
   }
   const float x = code + 1.0f;

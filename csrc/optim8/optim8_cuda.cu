@@ -5,6 +5,8 @@
 // warp of it through blocks of 256 elements, 8 per lane, that stay in registers from the gradient to the new codes: what
 // is shared by a block of states (two maxima) is shared by a warp, and no barrier is met but where another tensor brings
 // other factors.
+#include <type_traits>
+
 #include "blockwise/codec_gpu.h"
 #include "common/lane.h"
 #include "common/reduce.h"
@@ -33,10 +35,11 @@ struct BlockPlace {
   int count;      // of elements
   bool packed;
 
-  __device__ BlockPlace(const OptimTensor& t, int64_t block, bool aligned) {
-    if (t.row == t.count || t.row % kOptimBlock == 0) {
+  // flat: whether blocks follow each other without a gap, each whole but for the last.
+  __device__ BlockPlace(const OptimTensor& t, int64_t elements, int64_t block, bool aligned, bool flat) {
+    if (flat) {
       first = block * kOptimBlock;
-      const int64_t left = t.count - first;
+      const int64_t left = elements - first;
       count = static_cast<int>(left < kOptimBlock ? left : kOptimBlock);
     } else {
       const int64_t row = block / t.row_blocks, from = (block - row * t.row_blocks) * kOptimBlock;
@@ -408,16 +411,21 @@ struct Chunk {
   const OptimTensor* t;
   int64_t index;       // of the tensor
   int64_t begin, end;  // blocks of the tensor
+  int64_t count;       // of its elements
+  bool packable, flat;
   float step;
 
   float factors_step = 0.0f;  // of the factors in shared memory; 0: none yet
   int64_t factors_tensor = -1;
   bool filled = false;
 
-  __device__ void enter(const OptimStep& s, int64_t chunk) {
+  __device__ void enter(const OptimStep& s, int64_t chunk, int states) {
     index = s.chunks[chunk];
     t = s.tensors + index;
-    step = *t->step;
+    step = *in_global(t->step);
+    count = t->count;
+    flat = t->row == count || t->row % kOptimBlock == 0;
+    packable = aligned(*t, states);
     const int64_t blocks =
         (index + 1 < s.tensor_count ? s.tensors[index + 1].first_block : s.block_count) - t->first_block;
     begin = (chunk - t->first_chunk) * kChunkBlocks;
@@ -459,15 +467,15 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
   if (nothing_to_do(s)) return;
   Chunk at;
   NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
-    at.enter(s, chunk);
+    at.enter(s, chunk, States<Rule>::kCount);
     at.prepare(Rule{}, s, place[0], Rule::kTrust);
     const OptimTensor& t = *at.t;
-    const Factors f = place[0].factors;  // in registers
-    const bool packable = aligned(t, States<Rule>::kCount);
+    // In registers, but where three states take them all.
+    const std::conditional_t<(Rule::kMoments > 1), const Factors&, const Factors> f = place[0].factors;
     uint32_t key = 0;
     if (!kWide && s.stochastic) key = random_key(s.seed, t.id, at.step);
     NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
-      const BlockPlace where(t, block, packable);
+      const BlockPlace where(t, at.count, block, at.packable, at.flat);
       if (t.quantized)
         step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
       else
@@ -511,13 +519,12 @@ __global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep 
   Chunk at;
   int phase = 0;
   NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
-    at.enter(s, chunk);
+    at.enter(s, chunk, States<Rule>::kCount);
     at.prepare(Rule{}, s, place[0], false);
     const OptimTensor& t = *at.t;
-    const bool packable = aligned(t, States<Rule>::kCount);
     double sums[2] = {0.0, 0.0};
     NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
-      const BlockPlace where(t, block, packable);
+      const BlockPlace where(t, at.count, block, at.packable, at.flat);
       if (t.quantized)
         add_norms<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
       else
