@@ -99,8 +99,18 @@ def arithmetic(signed: bool) -> Arithmetic:
         step.append(float(torch.tensor(1.0) / torch.tensor(255.0)))
         base.append(-step[7])
     levels = 128 if signed else 255
-    lists = step, base, [*slope, 0.0], [*offset, levels], [*last, levels]
-    return Arithmetic(*(torch.tensor(each, dtype=torch.float64).float() for each in lists), torch.stack(ends))
+
+    def constants(numbers: list[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).float()
+
+    return Arithmetic(
+        step=constants(step),
+        base=constants(base),
+        slope=constants([*slope, 0.0]),
+        offset=constants([*offset, levels]),
+        last=constants([*last, levels]),
+        ends=torch.stack(ends),
+    )
 
 
 def state_value(codes: Tensor, signed: bool) -> Tensor:
