@@ -115,7 +115,7 @@ __device__ void quantize_slowly(const QuantizeBlocks& p, const BlockShape<T, kRo
 }
 
 template <class T, Map kMap, int kRows>
-__global__ void __launch_bounds__(kQuantizeThreads, 4) quantize_blocks_kernel(QuantizeBlocks p, bool aligned) {
+__global__ void __launch_bounds__(kQuantizeThreads, 3) quantize_blocks_kernel(QuantizeBlocks p, bool aligned) {
   constexpr int kWidth = kVectorWidth<T>, kPacks = kQuantizePacks<T>, kBlocks = kPacks / kRows, kRow = 32 * kWidth;
   constexpr bool kSigned = kMap == Map::signed_dynamic;
   SHARED(typename QuantizeTable<kMap>::Type, table, [1]);

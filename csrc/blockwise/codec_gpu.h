@@ -129,17 +129,17 @@ __device__ inline void fill_table(StateTable& table, const DynamicMap& map) {
     table.line[i] = make_float4(map.slope[i], map.offset[i], map.last[i], 0.0f);
 }
 
-// The value of byte `byte` (a constant after unrolling) of four codes. Put below the exponent of a float, the byte is a
-// number already.
+// The value of byte `byte` (a constant after unrolling) of four codes.
 template <bool kSigned>
 __device__ __forceinline__ float state_value(const StateTable& table, uint32_t codes, int byte) {
-  const uint32_t selector = 0x7650u | static_cast<uint32_t>(byte);
+  const float code = static_cast<float>(codes >> 8 * byte & 0xff);  // one instruction
   if (kSigned) {
-    const float x = bits_float(__byte_perm(codes, 0x4b800000u, selector)) - (0x1p24f + 254);  // 2^24 + 2 * code
-    const float2 line = table.value[index_from<kRegionBits>(float_bits(x)) & 7];
+    const float x = fmaf(code, 2.0f, -254.0f);
+    const uint32_t offset = float_bits(x) >> (kRegionBits - 3) & 7 * sizeof(float2);
+    const float2 line = *reinterpret_cast<const float2*>(reinterpret_cast<const char*>(table.value) + offset);
     return fmaf(x, line.x, bits_float(float_bits(line.y) ^ (float_bits(x) & 0x80000000u)));
   }
-  const float x = bits_float(__byte_perm(codes, 0x4b000000u, selector)) - (0x1p23f - 1);  // 2^23 + code
+  const float x = code + 1.0f;
   const float2 line = table.value[index_from<kRegionBits>(float_bits(x)) - 127];
   return fmaf(x, line.x, line.y);
 }

@@ -23,6 +23,16 @@ __device__ inline void store_pack(T* base, int64_t i, const Pack<T, N>& pack) {
   reinterpret_cast<Pack<T, N>*>(base)[i] = pack;
 }
 
+// p, known to point to global memory. The compiler sees that of a kernel's parameters, not of pointers that it reads from
+// memory: for those it would take accesses that could be shared memory, too.
+template <class T>
+__device__ __forceinline__ T* in_global(T* p) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
+}
+
 // Elements of one 16-byte access.
 template <class T>
 constexpr int kVectorWidth = 16 / sizeof(T);

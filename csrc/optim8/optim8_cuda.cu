@@ -5,6 +5,8 @@
 // warp of it through blocks of 256 elements, 8 per lane, that stay in registers from the gradient to the new codes: what
 // is shared by a block of states (two maxima) is shared by a warp, and no barrier is met but where another tensor brings
 // other factors.
+#include <type_traits>
+
 #include "blockwise/codec_gpu.h"
 #include "common/lane.h"
 #include "common/reduce.h"
@@ -24,121 +26,127 @@ constexpr uint32_t kInfinity = 0x7f800000u;
 // Either way the parameter is read in 16-byte accesses. Blocks that are not whole, or not aligned, go element by
 // element: 32 * e + lane.
 
+__device__ inline int lane_id() {
+  return static_cast<int>(threadIdx.x % 32);
+}
+
 struct BlockPlace {
   int64_t first;  // element
   int count;      // of elements
   bool packed;
 
-  __device__ BlockPlace(const OptimTensor& t, int64_t block, bool aligned) {
-    if (t.row == t.count || t.row % kOptimBlock == 0) {
+  // flat: whether blocks follow each other without a gap, each whole but for the last.
+  __device__ BlockPlace(const OptimTensor& t, int64_t elements, int64_t block, bool aligned, bool flat) {
+    if (flat) {
       first = block * kOptimBlock;
-      const int64_t left = t.count - first;
+      const int64_t left = elements - first;
       count = static_cast<int>(left < kOptimBlock ? left : kOptimBlock);
     } else {
       const int64_t row = block / t.row_blocks, from = (block - row * t.row_blocks) * kOptimBlock;
       first = row * t.row + from;
       count = static_cast<int>(t.row - from < kOptimBlock ? t.row - from : kOptimBlock);
     }
-    packed = aligned && count == kOptimBlock && first % kEach == 0;
+    // The same in every lane. As a vote it is one predicate, where the compiler would test its parts again and again.
+    packed = __all_sync(kFullWarp, aligned && count == kOptimBlock && first % kEach == 0) != 0;
   }
 };
 
-__device__ inline unsigned lane_id() {
-  return threadIdx.x % 32;
-}
+// Units of four codes, two 16-bit floats or one fp32: a word in either case.
+template <class T>
+constexpr int kUnit = static_cast<int>(4 / sizeof(T));
+template <class T>
+constexpr int kUnits = kEach / kUnit<T>;
+// Units of one access to `part` neighbouring elements, up to 16 bytes.
+template <class T, int part>
+constexpr int kAccess = part / kUnit<T> < 4 ? part / kUnit<T> : 4;
 
 template <bool kWide>
 struct Lanes {
   static constexpr int kPart = kWide ? 4 : 8;  // neighbouring elements
+  static constexpr int kParts = kEach / kPart, kPartStride = 32 * kPart;
   // Where in its block element e of this lane is.
   static __device__ int index(int e, bool packed) {
-    if (!packed) return 32 * e + static_cast<int>(lane_id());
-    return kWide ? 4 * static_cast<int>(lane_id()) + e % 4 + e / 4 * 128 : 8 * static_cast<int>(lane_id()) + e;
+    return packed ? lane_id() * kPart + e / kPart * kPartStride + e % kPart : 32 * e + lane_id();
   }
 
-  template <class T>
-  static constexpr int kAccess = kPart < kVectorWidth<T> ? kPart : kVectorWidth<T>;  // elements of one access
-
-  // Number of the access that brings element e.
-  template <class T>
-  static __device__ int64_t access(int64_t first, int e) {
-    constexpr int kParts = kPart / kAccess<T>;
-    return first / kAccess<T> + (e / kPart * 32 + lane_id()) * kParts + e % kPart / kAccess<T>;
-  }
-
-  template <class T>
-  static __device__ void load(const T* from, const BlockPlace& place, T (&to)[kEach]) {
-    if (place.packed) {
-      UNROLL for (int e = 0; e < kEach; e += kAccess<T>) {
-        const auto pack = load_pack<kAccess<T>>(from, access<T>(place.first, e));
-        UNROLL for (int i = 0; i < kAccess<T>; ++i) to[e + i] = pack.at[i];
-      }
-    } else {
-      UNROLL for (int e = 0; e < kEach; ++e) {
-        const int at = index(e, false);
-        to[e] = at < place.count ? from[place.first + at] : T{};
-      }
+  // Calls f(first unit, address of its access) for each access of the lane.
+  template <class T, class Word, class F>
+  static __device__ __forceinline__ void for_accesses(T* base, const BlockPlace& place, const F& f) {
+    auto* pack = reinterpret_cast<Word*>(base + place.first + lane_id() * kPart);
+    UNROLL for (int u = 0; u < kUnits<T>; u += kAccess<T, kPart>) {
+      const int e = u * kUnit<T>;
+      f(u, pack + (e / kPart * kPartStride + e % kPart) / (kUnit<T> * kAccess<T, kPart>));
     }
   }
 
-  template <class T>
-  static __device__ void store(T* to, const BlockPlace& place, const T (&from)[kEach]) {
+  // T: float, or uint16_t and uint8_t for what lies in words. Outside the tensor: `outside`.
+  template <class T, class Word>
+  static __device__ void load(const void* memory, const BlockPlace& place, Word (&words)[kUnits<T>], uint32_t outside) {
+    const T* from = in_global(static_cast<const T*>(memory));
     if (place.packed) {
-      UNROLL for (int e = 0; e < kEach; e += kAccess<T>) {
-        Pack<T, kAccess<T>> pack;
-        UNROLL for (int i = 0; i < kAccess<T>; ++i) pack.at[i] = from[e + i];
-        store_pack(to, access<T>(place.first, e), pack);
-      }
+      for_accesses<const T, const Pack<Word, kAccess<T, kPart>>>(from, place, [&](int u, auto* pack) {
+        const auto loaded = *pack;
+        UNROLL for (int i = 0; i < kAccess<T, kPart>; ++i) words[u + i] = loaded.at[i];
+      });
     } else {
-      UNROLL for (int e = 0; e < kEach; ++e) {
-        const int at = index(e, false);
-        if (at < place.count) to[place.first + at] = from[e];
-      }
-    }
-  }
-
-  // Codes, four in a word. Outside the tensor: `zero`.
-  static __device__ void load_codes(const uint8_t* from, const BlockPlace& place, uint32_t zero,
-                                    uint32_t (&words)[kEach / 4]) {
-    if (place.packed) {
-      constexpr int kWords = kPart / 4;
-      UNROLL for (int w = 0; w < kEach / 4; w += kWords) {
-        const auto pack = load_pack<kWords>(reinterpret_cast<const uint32_t*>(from),
-                                            place.first / kPart + w * 32 + lane_id());
-        UNROLL for (int i = 0; i < kWords; ++i) words[w + i] = pack.at[i];
-      }
-    } else {
-      UNROLL for (int w = 0; w < kEach / 4; ++w) {
-        words[w] = 0;
-        UNROLL for (int e = 0; e < 4; ++e) {
-          const int at = index(4 * w + e, false);
-          words[w] |= (at < place.count ? from[place.first + at] : zero) << 8 * e;
+      UNROLL for (int u = 0; u < kUnits<T>; ++u) {
+        words[u] = Word{};
+        UNROLL for (int i = 0; i < kUnit<T>; ++i) {
+          const int at = index(u * kUnit<T> + i, false);
+          if constexpr (kUnit<T> == 1)
+            words[u] = at < place.count ? from[place.first + at] : Word{};
+          else
+            words[u] |= (at < place.count ? from[place.first + at] : outside) << 8 * sizeof(T) * i;
         }
       }
     }
   }
 
-  static __device__ void store_codes(uint8_t* to, const BlockPlace& place, const uint32_t (&words)[kEach / 4]) {
+  template <class T, class Word>
+  static __device__ void store(void* memory, const BlockPlace& place, const Word (&words)[kUnits<T>]) {
+    T* to = in_global(static_cast<T*>(memory));
     if (place.packed) {
-      constexpr int kWords = kPart / 4;
-      UNROLL for (int w = 0; w < kEach / 4; w += kWords) {
-        Pack<uint32_t, kWords> pack;
-        UNROLL for (int i = 0; i < kWords; ++i) pack.at[i] = words[w + i];
-        store_pack(reinterpret_cast<uint32_t*>(to), place.first / kPart + w * 32 + lane_id(), pack);
-      }
+      for_accesses<T, Pack<Word, kAccess<T, kPart>>>(to, place, [&](int u, auto* pack) {
+        Pack<Word, kAccess<T, kPart>> stored;
+        UNROLL for (int i = 0; i < kAccess<T, kPart>; ++i) stored.at[i] = words[u + i];
+        *pack = stored;
+      });
     } else {
-      UNROLL for (int e = 0; e < kEach; ++e) {
-        const int at = index(e, false);
-        if (at < place.count) to[place.first + at] = static_cast<uint8_t>(words[e / 4] >> 8 * (e % 4));
+      UNROLL for (int u = 0; u < kUnits<T>; ++u) {
+        UNROLL for (int i = 0; i < kUnit<T>; ++i) {
+          const int at = index(u * kUnit<T> + i, false);
+          if (at >= place.count) continue;
+          if constexpr (kUnit<T> == 1)
+            to[place.first + at] = words[u];
+          else
+            to[place.first + at] = static_cast<T>(words[u] >> 8 * sizeof(T) * i);
+        }
+      }
+    }
+  }
+
+  // ---- floats ----
+
+  template <class T>
+  static __device__ void load_floats(const void* from, const BlockPlace& place, float (&to)[kEach]) {
+    if constexpr (sizeof(T) == 4) {
+      load<float>(from, place, to, 0);
+    } else {
+      uint32_t words[kEach / 2];
+      load<uint16_t>(from, place, words, 0);
+      UNROLL for (int w = 0; w < kEach / 2; ++w) {
+        to[2 * w] = to_float(T{static_cast<uint16_t>(words[w])});
+        to[2 * w + 1] = to_float(T{static_cast<uint16_t>(words[w] >> 16)});
       }
     }
   }
 
   template <class T>
-  static __device__ void load_floats(const void* from, const BlockPlace& place, float (&to)[kEach]) {
-    T stored[kEach];
-    load(static_cast<const T*>(from), place, stored);
-    UNROLL for (int e = 0; e < kEach; ++e) to[e] = to_float(stored[e]);
+  static __device__ void store_halves(void* to, const BlockPlace& place, const T (&from)[kEach]) {
+    uint32_t words[kEach / 2];
+    UNROLL for (int w = 0; w < kEach / 2; ++w)
+      words[w] = from[2 * w].bits | static_cast<uint32_t>(from[2 * w + 1].bits) << 16;
+    store<uint16_t>(to, place, words);
   }
 
   static __device__ void load_floats(const void* from, DType dtype, const BlockPlace& place, float (&to)[kEach]) {
@@ -175,10 +183,10 @@ struct Lanes {
   static __device__ void store_rounded(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach]) {
     T stored[kEach];
     UNROLL for (int e = 0; e < kEach; ++e) stored[e] = from_float<T>(p[e]);
-    store(static_cast<T*>(t.param), place, stored);
+    store_halves(t.param, place, stored);
     if (t.compensation == nullptr) return;
     UNROLL for (int e = 0; e < kEach; ++e) stored[e] = from_float<T>(p[e] - to_float(stored[e]));
-    store(static_cast<T*>(t.compensation), place, stored);
+    store_halves(t.compensation, place, stored);
   }
 
   // Adds 16 random bits below those that stay, and truncates: up with the probability of the part cut off.
@@ -190,13 +198,13 @@ struct Lanes {
       const uint32_t bits = float_bits(p[e]) + (abs_bits(p[e]) < kInfinity ? random : 0);  // Inf must not become NaN
       stored[e] = {static_cast<uint16_t>(bits >> 16)};
     }
-    store(static_cast<BFloat16*>(t.param), place, stored);
+    store_halves(t.param, place, stored);
   }
 
   static __device__ void store_param(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach],
                                      bool stochastic, uint32_t key) {
     if constexpr (kWide)
-      store(static_cast<float*>(t.param), place, p);
+      store<float>(t.param, place, p);
     else if (static_cast<DType>(t.param_dtype) == DType::f16)
       store_rounded<Half>(t, place, p);
     else if (!stochastic)
@@ -240,10 +248,10 @@ struct StoredStates {
   __device__ void load(const OptimTensor& t, const BlockPlace& place, int64_t block) {
     UNROLL for (int s = 0; s < S::kCount; ++s) {
       if constexpr (kQuantized) {
-        Lanes<kWide>::load_codes(static_cast<const uint8_t*>(t.state[s]), place, S::second(s) ? 0 : 127, codes[s]);
-        absmax[s] = t.absmax[s][block];
+        Lanes<kWide>::template load<uint8_t>(t.state[s], place, codes[s], S::second(s) ? 0 : 127);
+        absmax[s] = in_global(t.absmax[s])[block];
       } else {
-        Lanes<kWide>::load(static_cast<const float*>(t.state[s]), place, floats[s]);
+        Lanes<kWide>::template load<float>(t.state[s], place, floats[s], 0);
       }
     }
   }
@@ -375,16 +383,16 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
     if constexpr (kQuantized) {
       const float absmax = block_absmax(bits_float(warp_max(most[i])));
       const float inverse = block_inverse(absmax);
-      if (lane_id() == 0) t.absmax[i][block] = absmax;
+      if (lane_id() == 0) in_global(t.absmax[i])[block] = absmax;
       UNROLL for (int e = 0; e < kEach; ++e) state[i][e] *= inverse;
       uint32_t words[kEach / 4];
       if (S::second(i))
         state_codes<false>(tables[S::map_of(i)], state[i], words);
       else
         state_codes<true>(tables[S::map_of(i)], state[i], words);
-      L::store_codes(static_cast<uint8_t*>(t.state[i]), place, words);
+      L::template store<uint8_t>(t.state[i], place, words);
     } else {
-      L::store(static_cast<float*>(t.state[i]), place, state[i]);
+      L::template store<float>(t.state[i], place, state[i]);
     }
   }
 }
@@ -403,16 +411,21 @@ struct Chunk {
   const OptimTensor* t;
   int64_t index;       // of the tensor
   int64_t begin, end;  // blocks of the tensor
+  int64_t count;       // of its elements
+  bool packable, flat;
   float step;
 
   float factors_step = 0.0f;  // of the factors in shared memory; 0: none yet
   int64_t factors_tensor = -1;
   bool filled = false;
 
-  __device__ void enter(const OptimStep& s, int64_t chunk) {
+  __device__ void enter(const OptimStep& s, int64_t chunk, int states) {
     index = s.chunks[chunk];
     t = s.tensors + index;
-    step = *t->step;
+    step = *in_global(t->step);
+    count = t->count;
+    flat = t->row == count || t->row % kOptimBlock == 0;
+    packable = aligned(*t, states);
     const int64_t blocks =
         (index + 1 < s.tensor_count ? s.tensors[index + 1].first_block : s.block_count) - t->first_block;
     begin = (chunk - t->first_chunk) * kChunkBlocks;
@@ -454,15 +467,15 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
   if (nothing_to_do(s)) return;
   Chunk at;
   NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
-    at.enter(s, chunk);
+    at.enter(s, chunk, States<Rule>::kCount);
     at.prepare(Rule{}, s, place[0], Rule::kTrust);
     const OptimTensor& t = *at.t;
-    const Factors& f = place[0].factors;
-    const bool packable = aligned(t, States<Rule>::kCount);
+    // In registers, but where three states take them all.
+    const std::conditional_t<(Rule::kMoments > 1), const Factors&, const Factors> f = place[0].factors;
     uint32_t key = 0;
     if (!kWide && s.stochastic) key = random_key(s.seed, t.id, at.step);
     NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
-      const BlockPlace where(t, block, packable);
+      const BlockPlace where(t, at.count, block, at.packable, at.flat);
       if (t.quantized)
         step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
       else
@@ -506,13 +519,12 @@ __global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep 
   Chunk at;
   int phase = 0;
   NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
-    at.enter(s, chunk);
+    at.enter(s, chunk, States<Rule>::kCount);
     at.prepare(Rule{}, s, place[0], false);
     const OptimTensor& t = *at.t;
-    const bool packable = aligned(t, States<Rule>::kCount);
     double sums[2] = {0.0, 0.0};
     NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
-      const BlockPlace where(t, block, packable);
+      const BlockPlace where(t, at.count, block, at.packable, at.flat);
       if (t.quantized)
         add_norms<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
       else

@@ -6,7 +6,6 @@ be as close to them as fp32 accumulation allows). Slow, and meant to be read.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from .reference_optim import optim_step as optim_step
 from .reference_optim import optim_table as optim_table
+from .reference_states import dynamic_map as dynamic_map
+from .reference_states import thresholds as thresholds
 
 _MIN_ABSMAX = 2.0**-120
 
@@ -141,31 +142,6 @@ def int8_linear(
 _MIN_BLOCK_ABSMAX = 2.0**-126
 
 
-def dynamic_map(signed: bool = True) -> Tensor:
-    """The dynamic map of arXiv 2110.02861 (section 2.1): fp32 [256], ascending.
-
-    Decade i of seven, from 1e-6 to 1, is [0.1, 1] in equal cells, the centres of which are values: 2**i of them with
-    either sign, or 2**(i + 1) without; then 0 and 1.
-    """
-    return _dynamic_map(signed).clone()
-
-
-@functools.cache
-def _dynamic_map(signed: bool) -> Tensor:
-    values = [0.0, 1.0]
-    for i in range(7):
-        bounds = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
-        centres = (10 ** (i - 6)) * ((bounds[:-1] + bounds[1:]) / 2)
-        values += centres.tolist() + ((-centres).tolist() if signed else [])
-    return torch.tensor(sorted(values))
-
-
-def thresholds(code: Tensor) -> Tensor:
-    """Exact midpoints of neighbouring values, in float64: a value's code is the number of them below it."""
-    values = code.double()
-    return (values[:-1] + values[1:]) / 2
-
-
 def _code_of(values: Tensor, code: Tensor) -> Tensor:
     return torch.searchsorted(thresholds(code), values.double().contiguous())
 
@@ -173,7 +149,7 @@ def _code_of(values: Tensor, code: Tensor) -> Tensor:
 def quantize_blockwise(
     x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    book = _dynamic_map(signed).to(x.device) if code is None else code
+    book = dynamic_map(signed).to(x.device) if code is None else code
     flat = x.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
     absmax = torch.where(blocks.isfinite(), blocks.abs(), 0.0).amax(1)
@@ -193,6 +169,6 @@ def dequantize_blockwise(
     signed: bool = True,
     code: Tensor | None = None,
 ) -> Tensor:
-    book = _dynamic_map(signed).to(codes.device) if code is None else code
+    book = dynamic_map(signed).to(codes.device) if code is None else code
     scale = absmax.repeat_interleave(blocksize)[: codes.numel()]
     return (book[codes.long()] * scale.view(codes.shape)).to(dtype)

@@ -1,9 +1,8 @@
 """The optimizers' operators in plain PyTorch, as `octavo.reference` has them: what `optim_table` holds, and one step of
 each rule with its roundings.
 
-The arithmetic is fp32 in a stated order with fused multiply-adds, which are computed here in float64, rounded to odd
-and then to fp32: exactly. The kernels may decode and encode states by arithmetic that is a few units in the last
-place off, and sum norms in another order: their codes are compared within one code in rare cases.
+The arithmetic is fp32 in a stated order with fused multiply-adds, exactly; states are coded as in
+`octavo.reference_states`. Only the norms of LAMB and LARS are sums in another order.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .reference_states import fma, state_code, state_value
 
 _BLOCK, _CHUNK_BLOCKS, _WORDS = 256, 32, 17
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -91,23 +92,6 @@ def _ids(table: Tensor, params: list[Tensor]) -> list[int]:
 
 def _f32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float64).float())
-
-
-def fma(a: Tensor | float, b: Tensor | float, c: Tensor) -> Tensor:
-    """a * b + c of fp32 numbers, rounded once to fp32."""
-
-    def wide(x: Tensor | float) -> Tensor:
-        return x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device=c.device)
-
-    product, other = wide(a) * wide(b), wide(c)  # of 24-bit numbers: exact
-    total = product + other
-    part = total - product
-    error = (product - (total - part)) + (other - part)
-    # Round to odd: where float64 had to round, the last bit becomes 1, so that the second rounding cannot err.
-    bits = total.view(torch.int64)
-    step = torch.where((error > 0) == (total > 0), 1, -1)
-    inexact = (error != 0) & error.isfinite() & (bits & 1 == 0)
-    return torch.where(inexact, bits + step, bits).view(torch.float64).float()
 
 
 def _sqrt(x: Tensor) -> Tensor:
@@ -303,24 +287,16 @@ def _from_blocks(blocks: Tensor, row: int) -> Tensor:
 
 
 def _decode(codes: Tensor, absmax: Tensor, row: int, signed: bool) -> Tensor:
-    from .reference import _dynamic_map
-
-    blocks = _dynamic_map(signed).to(codes.device)[_blocks_of(codes.flatten(), row).long()]
+    blocks = state_value(_blocks_of(codes.flatten(), row), signed)
     return _from_blocks(blocks * absmax.reshape(-1, 1), row)
 
 
 def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor) -> tuple[Tensor, Tensor]:
-    from .reference import quantize_blockwise
-
     blocks = _blocks_of(x, row)
-    most = torch.maximum(blocks.abs().amax(1), at_least.flatten())
-    # A column with the absmax makes it that of the block; it may exceed every element.
-    block = torch.cat([blocks, most[:, None], torch.zeros_like(blocks)[:, 1:]], 1)
-    codes, absmax = quantize_blockwise(block, 2 * _BLOCK, signed)
-    codes = codes.view(-1, 2 * _BLOCK)[:, :_BLOCK]
-    if not signed:  # what is above 0 gets at least code 1
-        codes = torch.where((blocks > 0) & (absmax[:, None] > 0) & (codes == 0), 1, codes).to(torch.uint8)
-    return _from_blocks(codes, row), absmax
+    absmax = torch.maximum(blocks.abs().amax(1), at_least.flatten())
+    absmax = torch.where(absmax < 2.0**-126, 0.0, absmax)
+    inverse = torch.where(absmax == 0, 0.0, torch.div(torch.tensor(1.0, device=x.device), absmax))
+    return _from_blocks(state_code(blocks * inverse[:, None], signed), row), absmax
 
 
 def _mix(x: Tensor | int) -> Tensor | int:
