@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3) quantize_blocks_kernel(Qu
       continue;
     }
     Pack<T, kWidth> x[kPacks];
-    UNROLL for (int i = 0; i < kPacks; ++i) x[i] = load_pack<kWidth>(static_cast<const T*>(p.x), first / kWidth + i * 32);
+    UNROLL for (int i = 0; i < kPacks; ++i) x[i] =
+        load_pack<kWidth>(static_cast<const T*>(p.x), first / kWidth + i * 32);
     uint32_t most[kBlocks];
     bool infinite = false;
     UNROLL for (int b = 0; b < kBlocks; ++b) {
@@ -168,8 +169,8 @@ __global__ void __launch_bounds__(kQuantizeThreads, 3) quantize_blocks_kernel(Qu
         const auto& pack = x[b * kRows + i];
         Pack<uint32_t, kWidth / 4> codes = {};
         if constexpr (kMap == Map::own) {
-          UNROLL for (int e = 0; e < kWidth; ++e)
-            codes.at[e / 4] |= code_of(to_float(pack.at[e]), inverse) << 8 * (e % 4);
+          UNROLL for (int e = 0; e < kWidth; ++e) codes.at[e / 4] |= code_of(to_float(pack.at[e]), inverse)
+                                                                     << 8 * (e % 4);
         } else {
           float v[kWidth];
           UNROLL for (int e = 0; e < kWidth; ++e) v[e] = to_float(pack.at[e]) * inverse;
@@ -190,7 +191,8 @@ dim3 persistent_grid(Kernel kernel, int threads, int64_t tiles) {
 
 template <class T, Map kMap, int kRows>
 void launch_quantize(const QuantizeBlocks& p, Stream stream) {
-  const bool aligned = packable(static_cast<const T*>(p.x), 0, kVectorWidth<T>) && packable(p.codes, 0, kVectorWidth<T>);
+  const bool aligned =
+      packable(static_cast<const T*>(p.x), 0, kVectorWidth<T>) && packable(p.codes, 0, kVectorWidth<T>);
   auto kernel = quantize_blocks_kernel<T, kMap, kRows>;
   const dim3 grid = persistent_grid(kernel, kQuantizeThreads, ceil_div(p.count, kTileElements));
   LAUNCH(kernel, grid, dim3(kQuantizeThreads), 0, stream, p, aligned);
@@ -254,8 +256,8 @@ __global__ void __launch_bounds__(kDequantizeThreads) dequantize_blocks_kernel(D
     }
   }
   NO_UNROLL for (int64_t i = packs * kWidth + static_cast<int64_t>(blockIdx.x) * kDequantizeThreads + threadIdx.x;
-                 i < p.count; i += static_cast<int64_t>(gridDim.x) * kDequantizeThreads)
-      out[i] = from_float<T>(decode(table[0], p.codes[i], 0) * p.absmax[i >> log2_blocksize]);
+                 i < p.count; i += static_cast<int64_t>(gridDim.x) * kDequantizeThreads) out[i] =
+      from_float<T>(decode(table[0], p.codes[i], 0) * p.absmax[i >> log2_blocksize]);
 }
 
 void dequantize_blocks(const DequantizeBlocks& p, Stream stream) {

@@ -94,8 +94,8 @@ __device__ __forceinline__ void encode_codes(const EncodeTable& table, const flo
     worst = fmaxf(worst, fabsf(fmaf(part, line.z, kZero - sum)));
     rounded[e] = float_bits(kSigned ? fmaxf(sum, kRounder) : sum);  // -1 is no value of the signed map
   }
-  UNROLL for (int w = 0; w < N / 4; ++w)
-    words[w] = low_bytes(rounded[4 * w], rounded[4 * w + 1], rounded[4 * w + 2], rounded[4 * w + 3]);
+  UNROLL for (int w = 0; w < N / 4; ++w) words[w] =
+      low_bytes(rounded[4 * w], rounded[4 * w + 1], rounded[4 * w + 2], rounded[4 * w + 3]);
   if (worst >= 0.5f - kDoubt) {  // 6 in 100000 values: the thresholds decide
     UNROLL for (int w = 0; w < N / 4; ++w) words[w] = 0;
     NO_UNROLL for (int e = 0; e < N; ++e) {

@@ -2,228 +2,21 @@
 // once, in accesses of up to 16 bytes that neighbouring lanes make side by side.
 //
 // One launch for all tensors with fp32 parameters and one for those with 16 bits. A thread block goes through chunks, a
-// warp of it through blocks of 256 elements, 8 per lane, that stay in registers from the gradient to the new codes: what
-// is shared by a block of states (two maxima) is shared by a warp, and no barrier is met but where another tensor brings
-// other factors.
+// warp of it through blocks of 256 elements, 8 per lane, that stay in registers from the gradient to the new codes:
+// what is shared by a block of states (two maxima) is shared by a warp, and no barrier is met but where another tensor
+// brings other factors.
 #include <type_traits>
 
 #include "blockwise/codec_gpu.h"
 #include "common/lane.h"
 #include "common/reduce.h"
-#include "common/tile.h"
+#include "optim8/lanes_gpu.h"
 #include "optim8/optim8.h"
 #include "optim8/rules.h"
 
 namespace octavo::GPU_NS {
 
 constexpr int kStepThreads = 256, kStepWarps = kStepThreads / 32;
-constexpr int kEach = kOptimBlock / 32;  // elements of a block that a lane holds
-constexpr uint32_t kInfinity = 0x7f800000u;
-
-// ---- a block of 256 elements in the lanes of a warp ----
-//
-// Element e of a lane: with fp32 parameters 4 * lane + e, and from e = 4 on 128 more; with 16-bit ones 8 * lane + e.
-// Either way the parameter is read in 16-byte accesses. Blocks that are not whole, or not aligned, go element by
-// element: 32 * e + lane.
-
-__device__ inline int lane_id() {
-  return static_cast<int>(threadIdx.x % 32);
-}
-
-struct BlockPlace {
-  int64_t first;  // element
-  int count;      // of elements
-  bool packed;
-
-  // flat: whether blocks follow each other without a gap, each whole but for the last.
-  __device__ BlockPlace(const OptimTensor& t, int64_t elements, int64_t block, bool aligned, bool flat) {
-    if (flat) {
-      first = block * kOptimBlock;
-      const int64_t left = elements - first;
-      count = static_cast<int>(left < kOptimBlock ? left : kOptimBlock);
-    } else {
-      const int64_t row = block / t.row_blocks, from = (block - row * t.row_blocks) * kOptimBlock;
-      first = row * t.row + from;
-      count = static_cast<int>(t.row - from < kOptimBlock ? t.row - from : kOptimBlock);
-    }
-    // The same in every lane. As a vote it is one predicate, where the compiler would test its parts again and again.
-    packed = __all_sync(kFullWarp, aligned && count == kOptimBlock && first % kEach == 0) != 0;
-  }
-};
-
-// Units of four codes, two 16-bit floats or one fp32: a word in either case.
-template <class T>
-constexpr int kUnit = static_cast<int>(4 / sizeof(T));
-template <class T>
-constexpr int kUnits = kEach / kUnit<T>;
-// Units of one access to `part` neighbouring elements, up to 16 bytes.
-template <class T, int part>
-constexpr int kAccess = part / kUnit<T> < 4 ? part / kUnit<T> : 4;
-
-template <bool kWide>
-struct Lanes {
-  static constexpr int kPart = kWide ? 4 : 8;  // neighbouring elements
-  static constexpr int kParts = kEach / kPart, kPartStride = 32 * kPart;
-  // Where in its block element e of this lane is.
-  static __device__ int index(int e, bool packed) {
-    return packed ? lane_id() * kPart + e / kPart * kPartStride + e % kPart : 32 * e + lane_id();
-  }
-
-  // Calls f(first unit, address of its access) for each access of the lane.
-  template <class T, class Word, class F>
-  static __device__ __forceinline__ void for_accesses(T* base, const BlockPlace& place, const F& f) {
-    auto* pack = reinterpret_cast<Word*>(base + place.first + lane_id() * kPart);
-    UNROLL for (int u = 0; u < kUnits<T>; u += kAccess<T, kPart>) {
-      const int e = u * kUnit<T>;
-      f(u, pack + (e / kPart * kPartStride + e % kPart) / (kUnit<T> * kAccess<T, kPart>));
-    }
-  }
-
-  // T: float, or uint16_t and uint8_t for what lies in words. Outside the tensor: `outside`.
-  template <class T, class Word>
-  static __device__ void load(const void* memory, const BlockPlace& place, Word (&words)[kUnits<T>], uint32_t outside) {
-    const T* from = in_global(static_cast<const T*>(memory));
-    if (place.packed) {
-      for_accesses<const T, const Pack<Word, kAccess<T, kPart>>>(from, place, [&](int u, auto* pack) {
-        const auto loaded = *pack;
-        UNROLL for (int i = 0; i < kAccess<T, kPart>; ++i) words[u + i] = loaded.at[i];
-      });
-    } else {
-      UNROLL for (int u = 0; u < kUnits<T>; ++u) {
-        words[u] = Word{};
-        UNROLL for (int i = 0; i < kUnit<T>; ++i) {
-          const int at = index(u * kUnit<T> + i, false);
-          if constexpr (kUnit<T> == 1)
-            words[u] = at < place.count ? from[place.first + at] : Word{};
-          else
-            words[u] |= (at < place.count ? from[place.first + at] : outside) << 8 * sizeof(T) * i;
-        }
-      }
-    }
-  }
-
-  template <class T, class Word>
-  static __device__ void store(void* memory, const BlockPlace& place, const Word (&words)[kUnits<T>]) {
-    T* to = in_global(static_cast<T*>(memory));
-    if (place.packed) {
-      for_accesses<T, Pack<Word, kAccess<T, kPart>>>(to, place, [&](int u, auto* pack) {
-        Pack<Word, kAccess<T, kPart>> stored;
-        UNROLL for (int i = 0; i < kAccess<T, kPart>; ++i) stored.at[i] = words[u + i];
-        *pack = stored;
-      });
-    } else {
-      UNROLL for (int u = 0; u < kUnits<T>; ++u) {
-        UNROLL for (int i = 0; i < kUnit<T>; ++i) {
-          const int at = index(u * kUnit<T> + i, false);
-          if (at >= place.count) continue;
-          if constexpr (kUnit<T> == 1)
-            to[place.first + at] = words[u];
-          else
-            to[place.first + at] = static_cast<T>(words[u] >> 8 * sizeof(T) * i);
-        }
-      }
-    }
-  }
-
-  // ---- floats ----
-
-  template <class T>
-  static __device__ void load_floats(const void* from, const BlockPlace& place, float (&to)[kEach]) {
-    if constexpr (sizeof(T) == 4) {
-      load<float>(from, place, to, 0);
-    } else {
-      uint32_t words[kEach / 2];
-      load<uint16_t>(from, place, words, 0);
-      UNROLL for (int w = 0; w < kEach / 2; ++w) {
-        to[2 * w] = to_float(T{static_cast<uint16_t>(words[w])});
-        to[2 * w + 1] = to_float(T{static_cast<uint16_t>(words[w] >> 16)});
-      }
-    }
-  }
-
-  template <class T>
-  static __device__ void store_halves(void* to, const BlockPlace& place, const T (&from)[kEach]) {
-    uint32_t words[kEach / 2];
-    UNROLL for (int w = 0; w < kEach / 2; ++w)
-      words[w] = from[2 * w].bits | static_cast<uint32_t>(from[2 * w + 1].bits) << 16;
-    store<uint16_t>(to, place, words);
-  }
-
-  static __device__ void load_floats(const void* from, DType dtype, const BlockPlace& place, float (&to)[kEach]) {
-    if (dtype == DType::f32)
-      load_floats<float>(from, place, to);
-    else if (dtype == DType::f16)
-      load_floats<Half>(from, place, to);
-    else
-      load_floats<BFloat16>(from, place, to);
-  }
-
-  // ---- parameters: fp32 as they are; 16 bits with what Kahan's compensation keeps ----
-
-  static __device__ void load_param(const OptimTensor& t, const BlockPlace& place, float (&p)[kEach]) {
-    if constexpr (kWide) {
-      load_floats<float>(t.param, place, p);
-    } else {
-      const bool half = static_cast<DType>(t.param_dtype) == DType::f16;
-      if (half)
-        load_floats<Half>(t.param, place, p);
-      else
-        load_floats<BFloat16>(t.param, place, p);
-      if (t.compensation == nullptr) return;
-      float kept[kEach];
-      if (half)
-        load_floats<Half>(t.compensation, place, kept);
-      else
-        load_floats<BFloat16>(t.compensation, place, kept);
-      UNROLL for (int e = 0; e < kEach; ++e) p[e] += kept[e];
-    }
-  }
-
-  template <class T>
-  static __device__ void store_rounded(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach]) {
-    T stored[kEach];
-    UNROLL for (int e = 0; e < kEach; ++e) stored[e] = from_float<T>(p[e]);
-    store_halves(t.param, place, stored);
-    if (t.compensation == nullptr) return;
-    UNROLL for (int e = 0; e < kEach; ++e) stored[e] = from_float<T>(p[e] - to_float(stored[e]));
-    store_halves(t.compensation, place, stored);
-  }
-
-  // Adds 16 random bits below those that stay, and truncates: up with the probability of the part cut off.
-  static __device__ void store_at_random(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach],
-                                         uint32_t key) {
-    BFloat16 stored[kEach];
-    UNROLL for (int e = 0; e < kEach; ++e) {
-      const uint32_t random = mix_bits(key + static_cast<uint32_t>(index(e, place.packed))) & 0xffffu;
-      const uint32_t bits = float_bits(p[e]) + (abs_bits(p[e]) < kInfinity ? random : 0);  // Inf must not become NaN
-      stored[e] = {static_cast<uint16_t>(bits >> 16)};
-    }
-    store_halves(t.param, place, stored);
-  }
-
-  static __device__ void store_param(const OptimTensor& t, const BlockPlace& place, const float (&p)[kEach],
-                                     bool stochastic, uint32_t key) {
-    if constexpr (kWide)
-      store<float>(t.param, place, p);
-    else if (static_cast<DType>(t.param_dtype) == DType::f16)
-      store_rounded<Half>(t, place, p);
-    else if (!stochastic)
-      store_rounded<BFloat16>(t, place, p);
-    else
-      store_at_random(t, place, p, key_of_block(key, place.first));
-  }
-};
-
-// Whether the blocks of t can be moved in packs, as far as its addresses decide.
-__device__ inline bool aligned(const OptimTensor& t, int states) {
-  uintptr_t bits = reinterpret_cast<uintptr_t>(t.param) | reinterpret_cast<uintptr_t>(t.grad) |
-                   reinterpret_cast<uintptr_t>(t.compensation);
-  for (int s = 0; s < states; ++s) {
-    const auto address = reinterpret_cast<uintptr_t>(t.state[s]);
-    bits |= t.quantized ? address * 2 : address;  // codes: 8 bytes
-  }
-  return bits % 16 == 0;
-}
 
 // ---- states ----
 
@@ -306,17 +99,20 @@ HD constexpr bool checked(int s) {
   return States<Rule>::second(s) || !Rule::kSecond || (Rule::kMoments == 2 && s == 1);
 }
 
-// Puts back what must be left alone, and makes `most` what it is without.
+// Puts back what must be left alone, and makes `most` what it is without. Nothing has been written yet: the old values
+// are read again, so that the usual path need not keep them.
 template <class Rule, bool kQuantized, bool kWide>
 __device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const OptimTensor& t, const Factors& f,
-                                            const StateTable* tables, const BlockPlace& place,
-                                            const StoredStates<Rule, kQuantized, kWide>& stored, float (&p)[kEach],
-                                            const float (&g)[kEach], float (&state)[States<Rule>::kSlots][kEach],
+                                            const StateTable* tables, const BlockPlace& place, int64_t block,
+                                            float (&p)[kEach], float (&state)[States<Rule>::kSlots][kEach],
                                             uint32_t (&most)[States<Rule>::kSlots]) {
   using S = States<Rule>;
   using L = Lanes<kWide>;
-  float before[kEach];
+  float before[kEach], g[kEach];
+  StoredStates<Rule, kQuantized, kWide> stored;
   L::load_param(t, place, before);
+  if constexpr (S::kCount == 0) L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
+  stored.load(t, place, block);
   int left_alone = 0;
   UNROLL for (int e = 0; e < kEach; ++e) {
     bool valid = true;
@@ -354,7 +150,8 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
   L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
   stored.load(t, place, block);
 
-  // The largest magnitudes, as integers, which do not lose a NaN, where one is looked for; of roots, their sign is known.
+  // The largest magnitudes, as integers, which do not lose a NaN, where one is looked for; of roots, their sign is
+  // known.
   uint32_t most[S::kSlots] = {};
   UNROLL for (int e = 0; e < kEach; ++e) {
     const float shrunk = p[e] * f.shrink;
@@ -376,7 +173,7 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
   UNROLL for (int i = 0; i < S::kCount; ++i) {
     if (checked<Rule>(i)) worst = max(worst, most[i]);
   }
-  if (worst >= kInfinity) leave_alone(rule, s, t, f, tables, place, stored, p, g, state, most);
+  if (worst >= kInfinity) leave_alone<Rule, kQuantized, kWide>(rule, s, t, f, tables, place, block, p, state, most);
 
   L::store_param(t, place, p, s.stochastic, key);
   UNROLL for (int i = 0; i < S::kCount; ++i) {
@@ -409,14 +206,15 @@ struct Workplace {
 // One chunk, and what of the workplace is ready. All members are the same in every thread of the block.
 struct Chunk {
   const OptimTensor* t;
-  int64_t index;       // of the tensor
-  int64_t begin, end;  // blocks of the tensor
-  int64_t count;       // of its elements
+  int64_t begin;  // its first block in the tensor
+  int blocks;     // how many there are
+  int32_t index;  // of the tensor
+  int64_t count;  // of the tensor's elements
   bool packable, flat;
   float step;
 
   float factors_step = 0.0f;  // of the factors in shared memory; 0: none yet
-  int64_t factors_tensor = -1;
+  int32_t factors_tensor = -1;
   bool filled = false;
 
   __device__ void enter(const OptimStep& s, int64_t chunk, int states) {
@@ -426,10 +224,10 @@ struct Chunk {
     count = t->count;
     flat = t->row == count || t->row % kOptimBlock == 0;
     packable = aligned(*t, states);
-    const int64_t blocks =
-        (index + 1 < s.tensor_count ? s.tensors[index + 1].first_block : s.block_count) - t->first_block;
     begin = (chunk - t->first_chunk) * kChunkBlocks;
-    end = begin + kChunkBlocks < blocks ? begin + kChunkBlocks : blocks;
+    const int64_t end = index + 1 < s.tensor_count ? t[1].first_block : s.block_count;
+    const int64_t left = end - t->first_block - begin;
+    blocks = static_cast<int>(left < kChunkBlocks ? left : kChunkBlocks);
   }
 
   // Makes the tables and the factors that this chunk needs, unless they are there. norms: use those of the tensor.
@@ -441,14 +239,13 @@ struct Chunk {
     if (!fill && !derive) return;
     __syncthreads();  // no warp is at the chunk before any more
     if (fill) {
-      UNROLL for (int m = 0; m < S::kMaps; ++m)
-        fill_table(place.tables[m], kGpuMaps[Rule::kMoments > 0 && m == 0]);
+      UNROLL for (int m = 0; m < S::kMaps; ++m) fill_table(place.tables[m], kGpuMaps[Rule::kMoments > 0 && m == 0]);
       filled = true;
     }
     if (derive) {
       if (threadIdx.x == 0)
         place.factors = factors_of(Rule::kRule, s.hyper, s.lr != nullptr ? *s.lr : s.hyper.lr, step, grad_factor(s),
-                                   norms ? s.tensor_norms + 2 * index : nullptr);
+                                   norms ? s.tensor_norms + int64_t{2} * index : nullptr);
       factors_step = step;
       factors_tensor = index;
     }
@@ -474,7 +271,8 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
     const std::conditional_t<(Rule::kMoments > 1), const Factors&, const Factors> f = place[0].factors;
     uint32_t key = 0;
     if (!kWide && s.stochastic) key = random_key(s.seed, t.id, at.step);
-    NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
+    NO_UNROLL for (int i = threadIdx.x / 32; i < at.blocks; i += kStepWarps) {
+      const int64_t block = at.begin + i;
       const BlockPlace where(t, at.count, block, at.packable, at.flat);
       if (t.quantized)
         step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
@@ -523,7 +321,8 @@ __global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep 
     at.prepare(Rule{}, s, place[0], false);
     const OptimTensor& t = *at.t;
     double sums[2] = {0.0, 0.0};
-    NO_UNROLL for (int64_t block = at.begin + threadIdx.x / 32; block < at.end; block += kStepWarps) {
+    NO_UNROLL for (int i = threadIdx.x / 32; i < at.blocks; i += kStepWarps) {
+      const int64_t block = at.begin + i;
       const BlockPlace where(t, at.count, block, at.packable, at.flat);
       if (t.quantized)
         add_norms<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
