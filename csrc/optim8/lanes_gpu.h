@@ -18,24 +18,31 @@ __device__ inline int lane_id() {
   return static_cast<int>(threadIdx.x % 32);
 }
 
+// Where a block lies, and a lane's elements in it.
 struct BlockPlace {
-  int64_t first;  // element
-  int count;      // of elements
+  int64_t first;  // element of the block
+  int64_t mine;   // element 0 of the lane; the others follow at the same distances in every lane
+  int start;      // mine - first
+  int left;       // of the block, from mine on
   bool packed;
 
-  // flat: whether blocks follow each other without a gap, each whole but for the last.
-  __device__ BlockPlace(const OptimTensor& t, int64_t elements, int64_t block, bool aligned, bool flat) {
+  // part: neighbouring elements of a lane. flat: whether blocks follow each other without a gap, each whole but for the
+  // last.
+  __device__ BlockPlace(const OptimTensor& t, int64_t elements, int64_t block, int part, bool aligned, bool flat) {
+    int64_t count;
     if (flat) {
       first = block * kOptimBlock;
-      const int64_t left = elements - first;
-      count = static_cast<int>(left < kOptimBlock ? left : kOptimBlock);
+      count = elements - first;
     } else {
       const int64_t row = block / t.row_blocks, from = (block - row * t.row_blocks) * kOptimBlock;
       first = row * t.row + from;
-      count = static_cast<int>(t.row - from < kOptimBlock ? t.row - from : kOptimBlock);
+      count = t.row - from;
     }
     // The same in every lane. As a vote it is one predicate, where the compiler would test its parts again and again.
-    packed = __all_sync(kFullWarp, aligned && count == kOptimBlock && first % kEach == 0) != 0;
+    packed = __all_sync(kFullWarp, aligned && count >= kOptimBlock && first % kEach == 0) != 0;
+    start = lane_id() * (packed ? part : 1);
+    mine = first + start;
+    left = (count < kOptimBlock ? static_cast<int>(count) : static_cast<int>(kOptimBlock)) - start;
   }
 };
 
@@ -52,19 +59,15 @@ template <bool kWide>
 struct Lanes {
   static constexpr int kPart = kWide ? 4 : 8;  // neighbouring elements
   static constexpr int kParts = kEach / kPart, kPartStride = 32 * kPart;
-  // Where in its block element e of this lane is.
-  static __device__ int index(int e, bool packed) {
-    return packed ? lane_id() * kPart + e / kPart * kPartStride + e % kPart : 32 * e + lane_id();
-  }
+  // How far element e of a lane is from its element 0.
+  static HD constexpr int offset(int e, bool packed) { return packed ? e / kPart * kPartStride + e % kPart : 32 * e; }
 
   // Calls f(first unit, address of its access) for each access of the lane.
   template <class T, class Word, class F>
   static __device__ __forceinline__ void for_accesses(T* base, const BlockPlace& place, const F& f) {
-    auto* pack = reinterpret_cast<Word*>(base + place.first + lane_id() * kPart);
-    UNROLL for (int u = 0; u < kUnits<T>; u += kAccess<T, kPart>) {
-      const int e = u * kUnit<T>;
-      f(u, pack + (e / kPart * kPartStride + e % kPart) / (kUnit<T> * kAccess<T, kPart>));
-    }
+    auto* pack = reinterpret_cast<Word*>(base + place.mine);
+    UNROLL for (int u = 0; u < kUnits<T>; u += kAccess<T, kPart>)
+        f(u, pack + offset(u * kUnit<T>, true) / (kUnit<T> * kAccess<T, kPart>));
   }
 
   // T: float, or uint16_t and uint8_t for what lies in words. Outside the tensor: `outside`.
@@ -80,11 +83,11 @@ struct Lanes {
       UNROLL for (int u = 0; u < kUnits<T>; ++u) {
         words[u] = Word{};
         UNROLL for (int i = 0; i < kUnit<T>; ++i) {
-          const int at = index(u * kUnit<T> + i, false);
+          const int at = offset(u * kUnit<T> + i, false);
           if constexpr (kUnit<T> == 1)
-            words[u] = at < place.count ? from[place.first + at] : Word{};
+            words[u] = at < place.left ? from[place.mine + at] : Word{};
           else
-            words[u] |= (at < place.count ? from[place.first + at] : outside) << 8 * sizeof(T) * i;
+            words[u] |= (at < place.left ? from[place.mine + at] : outside) << 8 * sizeof(T) * i;
         }
       }
     }
@@ -102,12 +105,12 @@ struct Lanes {
     } else {
       UNROLL for (int u = 0; u < kUnits<T>; ++u) {
         UNROLL for (int i = 0; i < kUnit<T>; ++i) {
-          const int at = index(u * kUnit<T> + i, false);
-          if (at >= place.count) continue;
+          const int at = offset(u * kUnit<T> + i, false);
+          if (at >= place.left) continue;
           if constexpr (kUnit<T> == 1)
-            to[place.first + at] = words[u];
+            to[place.mine + at] = words[u];
           else
-            to[place.first + at] = static_cast<T>(words[u] >> 8 * sizeof(T) * i);
+            to[place.mine + at] = static_cast<T>(words[u] >> 8 * sizeof(T) * i);
         }
       }
     }
@@ -182,7 +185,7 @@ struct Lanes {
                                          uint32_t key) {
     BFloat16 stored[kEach];
     UNROLL for (int e = 0; e < kEach; ++e) {
-      const uint32_t random = mix_bits(key + static_cast<uint32_t>(index(e, place.packed))) & 0xffffu;
+      const uint32_t random = mix_bits(key + static_cast<uint32_t>(place.start + offset(e, place.packed))) & 0xffffu;
       const uint32_t bits = float_bits(p[e]) + (abs_bits(p[e]) < kInfinity ? random : 0);  // Inf must not become NaN
       stored[e] = {static_cast<uint16_t>(bits >> 16)};
     }

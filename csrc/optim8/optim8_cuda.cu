@@ -123,7 +123,7 @@ __device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const
     if (valid) continue;
     p[e] = before[e];
     UNROLL for (int i = 0; i < S::kCount; ++i) state[i][e] = stored.value(tables, i, e);
-    if (L::index(e, place.packed) < place.count) ++left_alone;
+    if (L::offset(e, place.packed) < place.left) ++left_alone;
   }
   if constexpr (kQuantized) {
     UNROLL for (int i = 0; i < S::kCount; ++i) {
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
     if (!kWide && s.stochastic) key = random_key(s.seed, t.id, at.step);
     NO_UNROLL for (int i = threadIdx.x / 32; i < at.blocks; i += kStepWarps) {
       const int64_t block = at.begin + i;
-      const BlockPlace where(t, at.count, block, at.packable, at.flat);
+      const BlockPlace where(t, at.count, block, Lanes<kWide>::kPart, at.packable, at.flat);
       if (t.quantized)
         step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
       else
@@ -312,7 +312,7 @@ __device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const
   UNROLL for (int e = 0; e < kEach; ++e) {
     float other = g[e] * f.grad;
     if constexpr (Rule::kSecond) other = Stepped(rule, stored, tables, e, f, p[e], g[e]).u;
-    if (abs_bits(other) < kInfinity && L::index(e, place.packed) < place.count) {
+    if (abs_bits(other) < kInfinity && L::offset(e, place.packed) < place.left) {
       sums[0] += static_cast<double>(p[e]) * static_cast<double>(p[e]);
       sums[1] += static_cast<double>(other) * static_cast<double>(other);
     }
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep 
     double sums[2] = {0.0, 0.0};
     NO_UNROLL for (int i = threadIdx.x / 32; i < at.blocks; i += kStepWarps) {
       const int64_t block = at.begin + i;
-      const BlockPlace where(t, at.count, block, at.packable, at.flat);
+      const BlockPlace where(t, at.count, block, Lanes<kWide>::kPart, at.packable, at.flat);
       if (t.quantized)
         add_norms<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
       else
