@@ -184,10 +184,10 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
       uint32_t random[kEach] = {};
       if constexpr (dithered<Rule>(0) || S::kCount > 1) {
         if (dithered<Rule>(i)) {
-          const uint32_t first =
-              dither_key(t.id, *in_global(t.step), i) + static_cast<uint32_t>(place.first) * kDitherStep;
+          const uint32_t mine =
+              dither_key(t.id, *in_global(t.step), i) + static_cast<uint32_t>(place.mine) * kDitherStep;
           UNROLL for (int e = 0; e < kEach; ++e) random[e] =
-              first + static_cast<uint32_t>(L::index(e, place.packed)) * kDitherStep;
+              mine + static_cast<uint32_t>(L::offset(e, place.packed)) * kDitherStep;
         }
       }
       const StateTable& table = tables[i];
