@@ -291,9 +291,13 @@ int64_t plain_step(const OptimStep& s, const OptimTensor& t, const Factors& f) {
     for (int k = 0; t.quantized && k < kStates; ++k) {
       const float absmax = block_absmax(any_left ? std::max(most[k], t.absmax[k][block]) : most[k]);
       t.absmax[k][block] = absmax;
-      for (int64_t j = 0; j < count; ++j)
-        static_cast<uint8_t*>(t.state[k])[first + j] =
-            static_cast<uint8_t>(state_code(map_of(k != Rule::kMoments), next[k][j] * block_inverse(absmax)));
+      for (int64_t j = 0; j < count; ++j) {
+        const float value = next[k][j] * block_inverse(absmax);
+        const DynamicMap& map = map_of(k != Rule::kMoments);
+        const uint32_t random = dither_key(t.id, *t.step, k) + static_cast<uint32_t>(first + j) * kDitherStep;
+        static_cast<uint8_t*>(t.state[k])[first + j] = static_cast<uint8_t>(
+            dithered<Rule>(k) ? state_code_dithered(map, value, dither_of(random)) : state_code(map, value));
+      }
     }
     first += count;
   }

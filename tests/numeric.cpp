@@ -186,6 +186,26 @@ void test_map(const DynamicMap& map) {
       CHECK(state_code(map, state * absmax * block_inverse(absmax)) == code);
   }
   CHECK(state_value(map, map.zero) == 0.0f && state_value(map, 255) == 1.0f);
+  // With dither: between neighbouring values the mean of many draws is near the value, and a value keeps its code.
+  for (uint32_t code = map.zero; code < kCodes; ++code) {
+    const float here = state_value(map, code);
+    for (uint32_t i = 0; i < 3000; ++i) CHECK(state_code_dithered(map, here, dither_of(i * kDitherStep)) == code);
+    if (code == 255 || code == map.zero) continue;
+    const float above = state_value(map, code + 1);
+    for (const float part : {0.1f, 0.5f, 0.8f}) {
+      const float v = here + part * (above - here);
+      double sum = 0;
+      for (uint32_t i = 0; i < 3000; ++i) {
+        const uint32_t drawn = state_code_dithered(map, v, dither_of(12345 + i * kDitherStep));
+        CHECK(drawn == code || drawn == code + 1);
+        sum += state_value(map, drawn);
+      }
+      // From the last level of a decade to the first of the next, the level bends (codebook.h).
+      const uint32_t next = code - map.zero + (map.is_signed ? 1 : 2);
+      const double bound = (next & (next - 1)) == 0 ? 0.5 : 0.01;
+      CHECK(std::fabs(sum / 3000 - v) <= bound * static_cast<double>(above - here));
+    }
+  }
   for (int i = 0; i + 1 < kCodes; ++i) {
     const float threshold = map.threshold[i];
     float v = threshold;

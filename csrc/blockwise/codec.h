@@ -72,13 +72,19 @@ struct Codec<V, kSigned, false> {
   }
 };
 
-// state_value and state_code of common/codebook.h.
+// state_value, state_code and state_code_dithered of common/codebook.h.
 template <class V, bool kOneLane = V::kWidth == 1>
 struct StateCodec {
   float moment(const uint8_t* code, int = 1) const { return state_value(kSignedMap, *code); }
   float root(const uint8_t* code, int = 1) const { return state_value(kUnsignedMap, *code); }
   void store_moment(uint8_t* code, float v, int = 1) const { *code = static_cast<uint8_t>(state_code(kSignedMap, v)); }
-  void store_root(uint8_t* code, float v, int = 1) const { *code = static_cast<uint8_t>(state_code(kUnsignedMap, v)); }
+  void store_moment(uint8_t* code, float v, float dither, int = 1) const {
+    *code = static_cast<uint8_t>(state_code_dithered(kSignedMap, v, dither));
+  }
+  void store_root(uint8_t* code, float v, float dither, int = 1) const {
+    *code = static_cast<uint8_t>(state_code_dithered(kUnsignedMap, v, dither));
+  }
+  static float dither(uint32_t first) { return dither_of(first); }
 };
 
 template <class V>
@@ -86,16 +92,17 @@ struct StateCodec<V, false> {
   using F = typename V::F;
   using U = typename V::U;
 
+  // step and base of a map, and where levels begin: between codes (nearest), or at the edges of decades (dithered).
   struct Tables {
     typename V::Table8 step, base, slope, offset, last;
     typename V::Table32 region;
-    explicit Tables(const DynamicMap& map)
+    Tables(const DynamicMap& map, bool dithered)
         : step(V::table8(map.step)),
           base(V::table8(map.base)),
-          slope(V::table8(map.slope)),
-          offset(V::table8(map.offset)),
+          slope(V::table8(dithered ? map.edge_slope : map.slope)),
+          offset(V::table8(dithered ? map.edge_offset : map.offset)),
           last(V::table8(map.last)),
-          region(V::table32(map.region)) {}
+          region(V::table32(dithered ? map.edge_region : map.region)) {}
 
     U decade(F v) const {
       const U bits = V::bits(v), rotated = V::max_bits(V::add_bits(bits, bits), V::set_bits(kLowestRotated));
@@ -103,7 +110,14 @@ struct StateCodec<V, false> {
       return V::template shift_right<24>(V::add_bits(rotated, where));
     }
   };
-  const Tables moments{kSignedMap}, roots{kUnsignedMap};
+  const Tables moments{kSignedMap, false}, slow_moments{kSignedMap, true}, roots{kUnsignedMap, true};
+
+  // Of the elements from `first` on, the key and their number times kDitherStep.
+  static F dither(uint32_t first) {
+    const U random = V::add_bits(V::set_bits(first), V::mul_bits(V::lane_ids(), V::set_bits(kDitherStep)));
+    const U bits = V::add_bits(V::template shift_right<9>(random), V::set_bits(0x3f800000u));
+    return V::fma(V::from_bits(bits), V::set(kDitherScale), V::set(-1.5f * kDitherScale));
+  }
 
   F moment(const uint8_t* codes, int n = V::kWidth) const {
     const F x = V::fma(V::to_float(V::load_codes(codes, n)), V::set(2.0f), V::set(-254.0f));
@@ -121,10 +135,16 @@ struct StateCodec<V, false> {
     const F exact = V::fma(v, V::lookup(moments.slope, d), offset);
     V::store_signed_codes(codes, V::to_integer(V::smaller_magnitude(exact, V::lookup(moments.last, d))), n);
   }
-  void store_root(uint8_t* codes, F v, int n = V::kWidth) const {
+  void store_moment(uint8_t* codes, F v, F dither, int n = V::kWidth) const {
+    const U d = slow_moments.decade(v);
+    const F exact = V::fma(V::abs(v), V::lookup(slow_moments.slope, d), V::lookup(slow_moments.offset, d));
+    const F level = V::min(V::round(V::add(exact, dither)), V::set(128.0f));
+    V::store_signed_codes(codes, V::to_integer(V::times_sign_of(level, v)), n);
+  }
+  void store_root(uint8_t* codes, F v, F dither, int n = V::kWidth) const {
     const U d = roots.decade(v);
     const F exact = V::fma(v, V::lookup(roots.slope, d), V::lookup(roots.offset, d));
-    V::store_codes(codes, V::to_integer(V::at_least_1_where_positive(V::min(exact, V::lookup(roots.last, d)), v)), n);
+    V::store_codes(codes, V::to_integer(V::from_1_where_positive(V::min(V::add(exact, dither), V::set(255.0f)), v)), n);
   }
 };
 

@@ -108,7 +108,7 @@ __device__ __forceinline__ void encode_codes(const EncodeTable& table, const flo
   }
 }
 
-// ---- optimizer states: state_value and state_code of codebook.h ----
+// ---- optimizer states: state_value, state_code and state_code_dithered of codebook.h ----
 
 constexpr int kRegionBits = 23;  // a float is not rotated here: its exponent starts at bit 23
 
@@ -118,15 +118,16 @@ struct StateTable {
   float4 line[8];       // slope, offset, last, unused
 };
 
-__device__ inline void fill_table(StateTable& table, const DynamicMap& map) {
+__device__ inline void fill_table(StateTable& table, const DynamicMap& map, bool dithered) {
   for (unsigned i = threadIdx.x; i < 16; i += blockDim.x) {
     const unsigned d = (map.is_signed ? i : i + 127) & 7;
     table.value[i] = make_float2(map.step[d], map.base[d]);
   }
   for (unsigned i = threadIdx.x; i < 32; i += blockDim.x)
-    table.region[i] = static_cast<uint32_t>(static_cast<int32_t>(map.region[i]) >> 1);
+    table.region[i] = static_cast<uint32_t>(static_cast<int32_t>(dithered ? map.edge_region[i] : map.region[i]) >> 1);
   for (unsigned i = threadIdx.x; i < 8; i += blockDim.x)
-    table.line[i] = make_float4(map.slope[i], map.offset[i], map.last[i], 0.0f);
+    table.line[i] = dithered ? make_float4(map.edge_slope[i], map.edge_offset[i], 0.0f, 0.0f)
+                             : make_float4(map.slope[i], map.offset[i], map.last[i], 0.0f);
 }
 
 // The value of byte `byte` (a constant after unrolling) of four codes.
@@ -144,23 +145,26 @@ __device__ __forceinline__ float state_value(const StateTable& table, uint32_t c
   return fmaf(x, line.x, line.y);
 }
 
-// The codes of N values v, four in a word. v: finite, at most 1 in magnitude, up to rounding; unsigned: not below 0.
-template <bool kSigned, int N>
-__device__ __forceinline__ void state_codes(const StateTable& table, const float (&v)[N], uint32_t (&words)[N / 4]) {
+// The codes of N values v, four in a word. v: finite, at most 1 in magnitude, up to rounding; unsigned: not below 0,
+// and always dithered. random[e]: what dither_of takes for element e, where kDithered.
+template <bool kSigned, bool kDithered, int N>
+__device__ __forceinline__ void state_codes(const StateTable& table, const float (&v)[N], const uint32_t (&random)[N],
+                                            uint32_t (&words)[N / 4]) {
+  static_assert(kSigned || kDithered);
   uint32_t code[N];
   UNROLL for (int e = 0; e < N; ++e) {
-    const float a = fmaxf(kSigned ? fabsf(v[e]) : v[e], bits_float(kLowestRotated >> 1));  // below it: level 0 or 1
-    const uint32_t bits = float_bits(a);
+    const float a = kSigned ? fabsf(v[e]) : v[e];
+    const uint32_t bits = float_bits(fmaxf(a, bits_float(kLowestRotated >> 1)));
     const float4 line =
         table.line[index_from<kRegionBits>(bits + table.region[index_from<kRegionBits>(bits) - kRegionExponent])];
-    float level = fminf(fmaf(a, line.x, line.y), line.z);
+    float level = fmaf(a, line.x, line.y);
+    level = kDithered ? level + dither_of(random[e]) : fminf(level, line.z);
     if (kSigned) {
-      level = bits_float(float_bits(level) | (float_bits(v[e]) & 0x80000000u)) + kRounder;
+      level = bits_float(float_bits(level) ^ (float_bits(v[e]) & 0x80000000u)) + kRounder;
       code[e] = float_bits(level) - (0x4b400000u - 127);  // may be -1: packing saturates
     } else {
-      level += kRounder;
-      if (v[e] > 0.0f) level = fmaxf(level, kRounder + 1);
-      code[e] = float_bits(level);
+      level = fmaxf(level, 1.0f) + kRounder;
+      code[e] = v[e] > 0.0f ? float_bits(level) : 0;
     }
   }
   UNROLL for (int w = 0; w < N / 4; ++w) {

@@ -39,6 +39,11 @@ struct DynamicMap {
   // unless that product lies within kDoubt of the middle between two levels: there the thresholds decide.
   uint32_t region[32];
   float slope[8], offset[8], last[8];
+
+  // ---- encode with dither: the same, but for a level that rises without a jump from value to value, where a decade
+  // ends at its edge 10^(i - 6) and the next begins, so that there is no last level to keep to ----
+  uint32_t edge_region[32];
+  float edge_slope[8], edge_offset[8];
 };
 
 constexpr int kRegionExponent = 96;              // of region[0]
@@ -177,6 +182,34 @@ constexpr DynamicMap make_dynamic_map(bool is_signed) {
   }
   map.slope[7] = 0;
   map.offset[7] = map.last[7] = static_cast<float>(levels);
+
+  // encode with dither
+  d = 0;
+  for (int octave = 0; octave < 32; ++octave) {
+    const uint32_t exponent = static_cast<uint32_t>(kRegionExponent + octave) << 24;
+    map.edge_region[octave] = (static_cast<uint32_t>(d) << 24) - exponent;
+    if (d == 7) continue;
+    const float edge = d == 6 ? map.value[254] : static_cast<float>(power_of_ten(d - 6));
+    const uint32_t rotated = __builtin_bit_cast(uint32_t, edge) << 1;
+    if (rotated >> 24 != static_cast<uint32_t>(kRegionExponent + octave)) continue;
+    ++d;
+    map.edge_region[octave] = (static_cast<uint32_t>(d) << 24) - 1 - rotated;
+  }
+  if (d != 7) throw "not every edge was found";
+  for (int region = 0; region < 7; ++region) {
+    const double cells = is_signed ? 1 << region : 2 << region, scale = power_of_ten(region - 6);
+    const double step = scale * 0.9 / cells, first = scale * (0.1 + 0.45 / cells);
+    const double first_level = is_signed ? cells : cells - 1;
+    map.edge_slope[region] = static_cast<float>(1 / step);
+    map.edge_offset[region] = static_cast<float>(first_level - first / step);
+  }
+  if (is_signed) {  // 0 must be level 0; unsigned, what is above 0 is at least level 1
+    map.edge_slope[0] = 1 / map.value[128];
+    map.edge_offset[0] = 0;
+  }
+  const double top = 1 / (1.0 - static_cast<double>(map.value[254]));  // the last level, of 1, is close
+  map.edge_slope[7] = static_cast<float>(top);
+  map.edge_offset[7] = static_cast<float>(levels - top);
   return map;
 }
 
@@ -209,6 +242,7 @@ HD float state_value(const DynamicMap& map, uint32_t code) {
 }
 
 // v: finite, at most 1 in magnitude but for rounding. Unsigned: v >= 0, and what is above 0 gets at least code 1.
+// The nearest code.
 HD uint32_t state_code(const DynamicMap& map, float v) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, v);
   const uint32_t doubled = bits << 1, rotated = doubled < kLowestRotated ? kLowestRotated : doubled;
@@ -219,6 +253,36 @@ HD uint32_t state_code(const DynamicMap& map, float v) {
   if (!map.is_signed) return static_cast<uint32_t>(level == 0 && v > 0 ? 1 : level);
   const int code = 127 + (bits >> 31 ? -level : level);
   return static_cast<uint32_t>(code < 0 ? 0 : code);
+}
+
+// With dither, a number from (-0.5, 0.5), different each time: the code above or below v, the nearer the likelier. What
+// changes by less than a cell a step, as a second moment does, would otherwise hardly ever change its code.
+HD uint32_t state_code_dithered(const DynamicMap& map, float v, float dither) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
+  const uint32_t doubled = bits << 1, rotated = doubled < kLowestRotated ? kLowestRotated : doubled;
+  const uint32_t d = (rotated + map.edge_region[(rotated >> 24) - kRegionExponent]) >> 24;
+  const float a = __builtin_bit_cast(float, bits & 0x7fffffffu);
+  const int level =
+      static_cast<int>(__builtin_rintf(__builtin_fmaf(a, map.edge_slope[d], map.edge_offset[d]) + dither));
+  if (!map.is_signed) return static_cast<uint32_t>(!(v > 0) ? 0 : level < 1 ? 1 : level > 255 ? 255 : level);
+  const int code = 127 + (bits >> 31 ? -level : level);
+  return static_cast<uint32_t>(code < 0 ? 0 : code > 255 ? 255 : code);
+}
+
+// Element i of a state gets dither_of(key + i * kDitherStep): spread evenly over the elements of a step and over the
+// steps of an element (two additive sequences; the numbers are 2^32 over the plastic number and its square). Less than
+// half by 2^-11, so that what already has a code's value keeps it.
+constexpr uint32_t kDitherStep = 0xc13fa9a9u;
+constexpr float kDitherScale = 1.0f - 0x1p-10f;
+
+HD uint32_t dither_key(uint32_t id, double step, int state) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(step)) * 0x91e10da5u + id * 0x9e3779b9u +
+         static_cast<uint32_t>(state) * 0x85ebca6bu;
+}
+
+HD float dither_of(uint32_t random) {
+  const float v = __builtin_bit_cast(float, (random >> 9) | 0x3f800000u);  // [1, 2)
+  return __builtin_fmaf(v, kDitherScale, -1.5f * kDitherScale);
 }
 
 // ---- blocks ----

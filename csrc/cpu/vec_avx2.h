@@ -170,7 +170,8 @@ struct Vec {
   // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
   // The smaller magnitude of q and limit >= 0, with q's sign.
   static F smaller_magnitude(F q, F limit) { return with_sign_of(min(abs(q), limit), q); }
-  static F at_least_1_where_positive(F q, F v) { return max(q, _mm256_and_ps(positive(v), set(1.0f))); }
+  // q, at least 1, where v is positive; elsewhere 0.
+  static F from_1_where_positive(F q, F v) { return _mm256_and_ps(positive(v), max(q, set(1.0f))); }
   // Levels -128 ... 128 as codes level + 127, the lowest of which is 0.
   static void store_signed_codes(uint8_t* p, U levels, int n = kWidth) {
     store_codes(p, _mm256_max_epi32(_mm256_add_epi32(levels, _mm256_set1_epi32(127)), _mm256_setzero_si256()), n);

@@ -25,9 +25,7 @@ struct States {
   static constexpr int kCount = Rule::kMoments + (Rule::kSecond ? 1 : 0);
   static constexpr int kSecondAt = Rule::kMoments;  // of the second moment among them
   static constexpr int kSlots = kCount > 0 ? kCount : 1;
-  static constexpr int kMaps = Rule::kMoments > 0 && Rule::kSecond ? 2 : 1;
   static HD constexpr bool second(int s) { return s == kSecondAt; }
-  static HD constexpr int map_of(int s) { return second(s) ? kMaps - 1 : 0; }  // in the tables
 };
 
 // The states of a lane's elements as they are in memory: codes with their absmax, or floats.
@@ -52,8 +50,8 @@ struct StoredStates {
   // State s of element e as it is kept between steps: of a second moment in 8 bits the root.
   __device__ float value(const StateTable* tables, int s, int e) const {
     if constexpr (kQuantized)
-      return (S::second(s) ? state_value<false>(tables[S::map_of(s)], codes[s][e / 4], e % 4)
-                           : state_value<true>(tables[S::map_of(s)], codes[s][e / 4], e % 4)) *
+      return (S::second(s) ? state_value<false>(tables[s], codes[s][e / 4], e % 4)
+                           : state_value<true>(tables[s], codes[s][e / 4], e % 4)) *
              absmax[s];
     else
       return floats[s][e];
@@ -183,10 +181,22 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
       if (lane_id() == 0) in_global(t.absmax[i])[block] = absmax;
       UNROLL for (int e = 0; e < kEach; ++e) state[i][e] *= inverse;
       uint32_t words[kEach / 4];
+      uint32_t random[kEach] = {};
+      if constexpr (dithered<Rule>(0) || S::kCount > 1) {
+        if (dithered<Rule>(i)) {
+          const uint32_t mine =
+              dither_key(t.id, *in_global(t.step), i) + static_cast<uint32_t>(place.mine) * kDitherStep;
+          UNROLL for (int e = 0; e < kEach; ++e) random[e] =
+              mine + static_cast<uint32_t>(L::offset(e, place.packed)) * kDitherStep;
+        }
+      }
+      const StateTable& table = tables[i];
       if (S::second(i))
-        state_codes<false>(tables[S::map_of(i)], state[i], words);
+        state_codes<false, true>(table, state[i], random, words);
+      else if (dithered<Rule>(i))
+        state_codes<true, true>(table, state[i], random, words);
       else
-        state_codes<true>(tables[S::map_of(i)], state[i], words);
+        state_codes<true, false>(table, state[i], random, words);
       L::template store<uint8_t>(t.state[i], place, words);
     } else {
       L::template store<float>(t.state[i], place, state[i]);
@@ -199,7 +209,7 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
 // What a thread block keeps from chunk to chunk, in shared memory.
 template <class Rule>
 struct Workplace {
-  StateTable tables[States<Rule>::kMaps];
+  StateTable tables[States<Rule>::kSlots];
   Factors factors;
 };
 
@@ -239,7 +249,8 @@ struct Chunk {
     if (!fill && !derive) return;
     __syncthreads();  // no warp is at the chunk before any more
     if (fill) {
-      UNROLL for (int m = 0; m < S::kMaps; ++m) fill_table(place.tables[m], kGpuMaps[Rule::kMoments > 0 && m == 0]);
+      UNROLL for (int m = 0; m < S::kCount; ++m)
+          fill_table(place.tables[m], kGpuMaps[m < Rule::kMoments], dithered<Rule>(m));
       filled = true;
     }
     if (derive) {

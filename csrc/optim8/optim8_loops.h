@@ -113,6 +113,7 @@ struct StepLoops {
       int slot = 0;
       int64_t first = 0;
       float inverse[kSlots] = {};
+      uint32_t key[kSlots] = {};  // of the dither, for the whole tensor
     } waiting;
 
     // The states of n elements from index i on, as the rule takes them.
@@ -143,6 +144,7 @@ struct StepLoops {
       const DType param_dtype = static_cast<DType>(t.param_dtype), grad_dtype = static_cast<DType>(t.grad_dtype);
       uint32_t key = 0;
       if (step.stochastic && param_dtype == DType::bf16) key = random_key(step.seed, t.id, *t.step);
+      for (int s = 0; s < kStates; ++s) waiting.key[s] = dither_key(t.id, *t.step, s);
       for (int64_t block = begin; block < end; ++block) {
         const BlockPlace place(t, block);
         float* p = static_cast<float*>(t.param) + place.first;
@@ -220,7 +222,12 @@ struct StepLoops {
       for (int s = 0; s < kStates; ++s) {
         uint8_t* codes = static_cast<uint8_t*>(t.state[s]) + waiting.first + j;
         const F v = V::mul(V::load(next[waiting.slot][s] + j), V::set(waiting.inverse[s]));
-        s == kSecondAt ? codec.store_root(codes, v, n) : codec.store_moment(codes, v, n);
+        if (!dithered<Rule>(s)) {
+          codec.store_moment(codes, v, n);
+          continue;
+        }
+        const F dither = codec.dither(waiting.key[s] + static_cast<uint32_t>(waiting.first + j) * kDitherStep);
+        s == kSecondAt ? codec.store_root(codes, v, dither, n) : codec.store_moment(codes, v, dither, n);
       }
     }
 

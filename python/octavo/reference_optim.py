@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reference_states import fma, state_code, state_value
+from .reference_states import dither, dither_key, fma, state_code, state_code_dithered, state_value
 
 _BLOCK, _CHUNK_BLOCKS, _WORDS = 256, 32, 17
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -291,12 +291,17 @@ def _decode(codes: Tensor, absmax: Tensor, row: int, signed: bool) -> Tensor:
     return _from_blocks(blocks * absmax.reshape(-1, 1), row)
 
 
-def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor, key: int | None) -> tuple[Tensor, Tensor]:
+    """Codes and absmax; key: of the dither, None for the nearest codes."""
     blocks = _blocks_of(x, row)
     absmax = torch.maximum(blocks.abs().amax(1), at_least.flatten())
     absmax = torch.where(absmax < 2.0**-126, 0.0, absmax)
     inverse = torch.where(absmax == 0, 0.0, torch.div(torch.tensor(1.0, device=x.device), absmax))
-    return _from_blocks(state_code(blocks * inverse[:, None], signed), row), absmax
+    scaled = blocks * inverse[:, None]
+    if key is None:
+        return _from_blocks(state_code(scaled, signed), row), absmax
+    draw = dither(key, _blocks_of(torch.arange(x.numel(), device=x.device), row))
+    return _from_blocks(state_code_dithered(scaled, signed, draw), row), absmax
 
 
 def _mix(x: Tensor | int) -> Tensor | int:
@@ -396,7 +401,8 @@ def optim_step(
             if quantized:
                 # What is left alone keeps its code under the same absmax.
                 left = (_blocks_of(valid.float().neg() + 1, row) > 0).any(1)
-                value, most = _encode(value, row, not root, torch.where(left, scale.flatten(), 0.0))
+                key = dither_key(number, t, s) if root or s == 1 else None  # s == 1: AdEMAMix's slow moment
+                value, most = _encode(value, row, not root, torch.where(left, scale.flatten(), 0.0), key)
                 scale.copy_(most.view_as(scale))
             state.copy_(value.view_as(state))
         if param.dtype is torch.bfloat16 and stochastic:

@@ -3,6 +3,9 @@
 States take a shortcut: within a decade a map is linear, so a code's value is ``|x| * step + base`` with the sign of x,
 and a value's code ``round(min(|v| * slope + offset, last))``, each a fused multiply-add in fp32. That is the published
 map to within 8 units in the last place, and the nearest code but within 2**-16 of a level from the middle of two.
+
+What changes by less than a cell a step (second moments, AdEMAMix's slow moment) is coded with dither instead: a number
+from (-0.5, 0.5), other for each element and step, is added before rounding, so that changes count on the average.
 """
 
 from __future__ import annotations
@@ -66,6 +69,9 @@ class Arithmetic:
     offset: Tensor
     last: Tensor
     ends: Tensor  # [7]: what lies above the i-th belongs to decade i + 1 or a later one
+    edge_slope: Tensor  # these three for codes with dither, where decades end at powers of ten
+    edge_offset: Tensor
+    edges: Tensor
 
 
 @functools.cache
@@ -87,6 +93,11 @@ def arithmetic(signed: bool) -> Arithmetic:
         offset.append(level - first / width)
         last.append(level + cells - 1)
         ends.append(below[level + cells - 1])
+    top = 1 / (1.0 - float(values[254]))
+    edge_slope, edge_offset = [*slope, top], [*offset, (128 if signed else 255) - top]
+    if signed:  # 0 must be level 0
+        edge_slope[0], edge_offset[0] = float(torch.tensor(1.0) / values[128]), 0.0
+    edges = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, float(values[254])]
     # Decade 0 holds level 0 as well.
     zero_end = float(below[0])
     slope[0] = 0.5 / zero_end if signed else 1 / (float(below[1]) - zero_end)
@@ -110,6 +121,9 @@ def arithmetic(signed: bool) -> Arithmetic:
         offset=constants([*offset, levels]),
         last=constants([*last, levels]),
         ends=torch.stack(ends),
+        edge_slope=constants(edge_slope),
+        edge_offset=constants(edge_offset),
+        edges=constants(edges),
     )
 
 
@@ -132,3 +146,28 @@ def state_code(v: Tensor, signed: bool) -> Tensor:
     if not signed:
         return torch.where((level == 0) & (v > 0), 1.0, level).to(torch.uint8)
     return (127.0 + torch.copysign(level, v)).clamp(min=0).to(torch.uint8)
+
+
+def state_code_dithered(v: Tensor, signed: bool, draw: Tensor) -> Tensor:
+    """The code above or below v, the nearer the likelier. Unsigned: 0 stays 0, and what is above it is at least 1."""
+    map_ = arithmetic(signed)
+    a = v.abs()
+    decade = (a[..., None] > map_.edges.to(v.device)).sum(-1)
+    slope, offset = map_.edge_slope.to(v.device)[decade], map_.edge_offset.to(v.device)[decade]
+    level = (fma(a, slope, offset) + draw).round()
+    if not signed:
+        return torch.where(v > 0, level.clamp(1, 255), 0.0).to(torch.uint8)
+    return (127.0 + torch.copysign(level.abs(), v)).clamp(0, 255).to(torch.uint8)
+
+
+def dither_key(number: int, step: float, state: int) -> int:
+    """Of one state of a parameter in one step."""
+    return (int(step) * 0x91E10DA5 + number * 0x9E3779B9 + state * 0x85EBCA6B) & 0xFFFFFFFF
+
+
+def dither(key: int, index: Tensor) -> Tensor:
+    """The numbers of the elements `index` (int64)."""
+    random = (key + index * 0xC13FA9A9) & 0xFFFFFFFF
+    unit = ((random >> 9) | 0x3F800000).int().view(torch.float32)  # [1, 2)
+    scale = 1.0 - 2.0**-10
+    return fma(unit, scale, torch.full_like(unit, -1.5 * scale))

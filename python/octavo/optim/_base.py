@@ -201,20 +201,21 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_launch_entry(self, param: Tensor, grad: Tensor, state: State, where: str) -> None:
+    def _check_entry(self, rule: str, param: Tensor, grad: Tensor, state: State, where: str) -> None:
         """What may have changed since the last step; the lengths of lists of blocks are the operator's to check."""
         if grad.dtype not in FLOATS:
             raise ValueError(f"{where}: its gradient must be float32, float16 or bfloat16, got {_dtype(grad)}")
-        for name, value in state.items():
-            if not isinstance(value, Tensor) or name == "step":
+        names = RULES[rule]
+        for name in dict.fromkeys((*names.plain, *names.codes, *names.absmax)):
+            if name not in state:
                 continue
-            value = _state.local_of(value)
+            value = _state.local_of(state[name])
             if value.device != param.device:
                 raise ValueError(
                     f"{where} is on {param.device} but its {name} on {value.device}: move a model before its first "
                     "step, or load the optimizer's state again after moving it"
                 )
-            if not name.endswith("_absmax") and name != "compensation" and value.shape != param.shape:
+            if name not in names.absmax and value.shape != param.shape:
                 raise ValueError(
                     f"{where} has shape {list(param.shape)} but its {name} {list(value.shape)}: it was resized after "
                     "its first step"
@@ -343,7 +344,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for number, p, g in zip(launch.ids, launch.params, launch.grads, strict=True):
             where = self._named(launch.group, number - first, number)
             self._check_param(launch.group, params[number], where)
-            self._check_launch_entry(p, g, self.state[params[number]], where)
+            self._check_entry(launch.rule, p, g, self.state[params[number]], where)
 
     def _clip(self, clipped: list[tuple[Tensor, Tensor]], scale: Tensor | None) -> None:
         """Sets grad_norm, on the device of the first gradient."""

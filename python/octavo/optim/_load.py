@@ -70,7 +70,8 @@ def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Na
         entry = _from_bitsandbytes(entry, param, names, where)
     quantized = _state.wants_8bit(group, param)
     new: State = {}
-    present = [i for i in range(len(names.plain)) if names.codes[i] in entry or entry.get(names.plain[i]) is not None]
+    entry = _one_format({key: value for key, value in entry.items() if value is not None}, names)
+    present = [i for i in range(len(names.plain)) if names.codes[i] in entry or names.plain[i] in entry]
     for i, plain in enumerate(names.plain):
         if i in present:
             _convert_state(new, entry, param, names, quantized, i, where)
@@ -80,7 +81,7 @@ def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Na
             raise ValueError(
                 f"{where}: the loaded state lacks {plain}; it has {', '.join(map(str, entry)) or 'nothing'}"
             )
-    if entry.get("compensation") is not None:
+    if "compensation" in entry:
         kept = _tensor(entry["compensation"], "compensation", where)
         if tuple(kept.shape) != tuple(param.shape) or kept.dtype is not param.dtype:
             _refuse("compensation", kept, f"{_name(param.dtype)} {list(param.shape)}", where)
@@ -94,6 +95,20 @@ def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Na
     read = {"step", "compensation", *names.plain, *names.codes, *names.absmax}
     new.update({key: deepcopy(value) for key, value in entry.items() if key not in read})
     return new
+
+
+def _one_format(entry: State, names: Names) -> State:
+    """The entry without what is there in another format besides: torch.distributed.checkpoint adds to what it loads
+    those keys of a new optimizer's state, all zero, that the file lacks."""
+    entry = dict(entry)
+    for plain, codes, absmax in zip(names.plain, names.codes, names.absmax, strict=True):
+        if plain == codes:  # a moment: codes or values
+            if isinstance(entry.get(plain), Tensor) and entry[plain].is_floating_point():
+                entry.pop(absmax, None)
+        elif all(isinstance(entry.get(key), Tensor) for key in (plain, codes, absmax)):
+            for key in (plain,) if bool(_state.whole_of(entry[absmax]).any()) else (codes, absmax):
+                del entry[key]
+    return entry
 
 
 def _convert_state(new: State, entry: State, param: Tensor, names: Names, quantized: bool, i: int, where: str) -> None:
