@@ -1,4 +1,4 @@
-"""What makes 8-bit states of Adam work: the map, the blocks, and the root of the second moment.
+"""What makes 8-bit states of Adam work: the map, the blocks, and how the second moment is stored.
 
 As the ablation of arXiv 2110.02861, on the byte language model: states are quantized after each step in plain PyTorch,
 by one scheme or another, and everything else is the same.
@@ -31,14 +31,17 @@ class Scheme:
     blocksize: int | None  # None: one block per tensor
     root: bool = True  # of the second moment v, store sqrt(v); else v itself
     keep: bool = False  # what is above 0 gets at least the lowest code above 0
+    stochastic: bool = False  # the second moment goes up or down at random, the nearer the likelier
 
     def __str__(self) -> str:
         parts = ["dynamic" if self.dynamic else "linear", "blocks" if self.blocksize else "tensor"]
-        return ", ".join([*parts, "sqrt(v)" if self.root else "v", *(["never 0"] if self.keep else [])])
+        parts += ["sqrt(v)" if self.root else "v", *(["never 0"] if self.keep else [])]
+        return ", ".join([*parts, *(["at random"] if self.stochastic else [])])
 
 
 SCHEMES = (
     Scheme(dynamic=True, blocksize=256, keep=True),  # octavo's
+    Scheme(dynamic=True, blocksize=256, keep=True, stochastic=True),
     Scheme(dynamic=True, blocksize=256),
     Scheme(dynamic=True, blocksize=None),
     Scheme(dynamic=False, blocksize=256),
@@ -57,12 +60,17 @@ def codebook(dynamic: bool, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def round_trip(x: Tensor, scheme: Scheme, signed: bool) -> Tensor:
-    """x as 8 bit can say it: in every block, the nearest code's value times the block's absmax."""
+    """x as 8 bit can say it: in every block, a code's value times the block's absmax; the nearest code's mostly."""
     values, middles = codebook(scheme.dynamic, signed)
     blocksize = scheme.blocksize or x.numel()
     blocks = nn.functional.pad(x.flatten(), (0, -x.numel() % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1, keepdim=True)
-    codes = torch.bucketize(blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny), middles, out_int32=True)
+    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    if scheme.stochastic and not signed:
+        low = (torch.bucketize(scaled, values, right=True) - 1).clamp_max(len(values) - 2)
+        codes = low + (torch.rand_like(scaled) * (values[low + 1] - values[low]) < scaled - values[low])
+    else:
+        codes = torch.bucketize(scaled, middles, out_int32=True)
     if scheme.keep and not signed:
         codes = torch.where(blocks > 0, codes.clamp_min(1), codes)
     return (values[codes] * absmax).flatten()[: x.numel()].view_as(x)
@@ -88,22 +96,24 @@ class AdamWRounded(torch.optim.AdamW):
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with its own weights and batches.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Windows of text in a batch.")] = 6,
     context: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, no matrix is in 8 bit.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradients, for all optimizers; 0: any.")] = 1.0,
     validation: Annotated[int, typer.Option(help="Bytes of held-out text to judge by.")] = 32768,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for ablation.json and .png.")] = OUT,
 ) -> None:
     """Show which parts of the scheme let Adam's states be 8 bit: the byte language model, trained with each of several.
 
     dynamic or linear: the map of codes to values, arXiv 2110.02861's or 255 equal cells. blocks or tensor: an absmax
     for 256 elements or for all. sqrt(v) or v: what is stored of the second moment. never 0: what is above 0 is stored
-    above 0. octavo is dynamic, blocks, sqrt(v), never 0. A training whose loss explodes is shown as diverged.
+    above 0. at random: the second moment is rounded up or down at random, the nearer the likelier, and not to nearest.
+    octavo is dynamic, blocks, sqrt(v), never 0. A training whose loss explodes is shown as diverged.
     """
     settings = dict(locals())
     torch.set_num_threads(threads)
@@ -116,7 +126,7 @@ def main(
     contenders: dict[str, MakeOptimizer] = {"32 bit": lambda model: torch.optim.AdamW(model.parameters())}
     contenders |= {str(scheme): partial(rounded, scheme) for scheme in SCHEMES}
     begin = time.perf_counter()
-    runs = train(task, contenders, Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 8))
+    runs = train(task, contenders, Schedule(lr, steps // 10, steps), seeds, max(1, steps // 8), clip)
     show(task, runs, "nats per byte")
     write(task, runs, settings, time.perf_counter() - begin, out)
 

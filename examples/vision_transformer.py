@@ -113,18 +113,19 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, few states are in 8 bit.")] = 96,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 1e-3,
+    beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
     validation: Annotated[int, typer.Option(help="Pictures to judge by, of the 10,000 for testing.")] = 10000,
     control: Annotated[
         bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of octavo.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of octavo.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for vision_transformer.json and .png.")] = OUT,
 ) -> None:
     """Train a small vision transformer on Fashion-MNIST with 32-bit AdamW and with octavo's AdamW8bit.
 
     Both start from the same weights and see the same batches, so that their paired difference shows what 8-bit states
     change. It prints validation loss and accuracy, and writes a JSON file and a plot. The defaults take some minutes on
-    two cores. The data come with Debian's package dataset-fashion-mnist; nothing is downloaded.
+    one core. The data come with Debian's package dataset-fashion-mnist; nothing is downloaded.
     """
     settings = dict(locals())
     torch.set_num_threads(threads)
@@ -135,7 +136,7 @@ def main(
         raise typer.Exit(1) from None
     console.print(f"{task.name}: {parameters(task):,} parameters")
     begin = time.perf_counter()
-    runs = train(task, contenders(control=control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
+    runs = train(task, contenders(beta2, control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
     show(task, runs, "nats")
     write(task, runs, settings, time.perf_counter() - begin, out)
 
