@@ -105,6 +105,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             (with lr a tensor on the device, if it is to change between replays).
         differentiable: only False.
 
+    Of a second moment the root is kept in 8 bit, with dither: each step its code is the one below or above, the nearer
+    the likelier, by numbers that depend on the step, the parameter's position and the element only. (A step changes it
+    by less than the distance of codes; the nearest code would hardly ever change.) What is above 0 stays above 0, and 0
+    stays 0. Other moments, but the slow one of AdEMAMix, get the nearest code.
+
     States are made at a parameter's first step: `bits` and `min_8bit_size` take effect then, or when a state is loaded.
     A parameter with an attribute ``octavo_state_bits = 32`` (`octavo.nn.StableEmbedding` sets it) keeps fp32 states.
     Elements whose gradient or new state is NaN or Inf are left alone: see `nonfinite_count`.
