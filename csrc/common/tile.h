@@ -23,8 +23,8 @@ __device__ inline void store_pack(T* base, int64_t i, const Pack<T, N>& pack) {
   reinterpret_cast<Pack<T, N>*>(base)[i] = pack;
 }
 
-// p, known to point to global memory. The compiler sees that of a kernel's parameters, not of pointers that it reads from
-// memory: for those it would take accesses that could be shared memory, too.
+// p, known to point to global memory. The compiler sees that of a kernel's parameters, not of pointers that it reads
+// from memory: for those it would take accesses that could be shared memory, too.
 template <class T>
 __device__ __forceinline__ T* in_global(T* p) {
 #ifdef __CUDA_ARCH__
