@@ -1,4 +1,4 @@
-"""What makes 8-bit states of Adam work: the map, the blocks, and the root of the second moment.
+"""What makes 8-bit states of Adam work: the map, the blocks, and how the second moment is stored.
 
 As the ablation of arXiv 2110.02861, on the byte language model: states are quantized after each step in plain PyTorch,
 by one scheme or another, and everything else is the same.
@@ -31,14 +31,17 @@ class Scheme:
     blocksize: int | None  # None: one block per tensor
     root: bool = True  # of the second moment v, store sqrt(v); else v itself
     keep: bool = False  # what is above 0 gets at least the lowest code above 0
+    stochastic: bool = False  # the second moment goes up or down at random, the nearer the likelier
 
     def __str__(self) -> str:
         parts = ["dynamic" if self.dynamic else "linear", "blocks" if self.blocksize else "tensor"]
-        return ", ".join([*parts, "sqrt(v)" if self.root else "v", *(["never 0"] if self.keep else [])])
+        parts += ["sqrt(v)" if self.root else "v", *(["never 0"] if self.keep else [])]
+        return ", ".join([*parts, *(["at random"] if self.stochastic else [])])
 
 
 SCHEMES = (
     Scheme(dynamic=True, blocksize=256, keep=True),  # octavo's
+    Scheme(dynamic=True, blocksize=256, keep=True, stochastic=True),
     Scheme(dynamic=True, blocksize=256),
     Scheme(dynamic=True, blocksize=None),
     Scheme(dynamic=False, blocksize=256),
@@ -57,12 +60,17 @@ def codebook(dynamic: bool, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def round_trip(x: Tensor, scheme: Scheme, signed: bool) -> Tensor:
-    """x as 8 bit can say it: in every block, the nearest code's value times the block's absmax."""
+    """x as 8 bit can say it: in every block, a code's value times the block's absmax; the nearest code's mostly."""
     values, middles = codebook(scheme.dynamic, signed)
     blocksize = scheme.blocksize or x.numel()
     blocks = nn.functional.pad(x.flatten(), (0, -x.numel() % blocksize)).view(-1, blocksize)
     absmax = blocks.abs().amax(1, keepdim=True)
-    codes = torch.bucketize(blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny), middles, out_int32=True)
+    scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)
+    if scheme.stochastic and not signed:
+        low = (torch.bucketize(scaled, values, right=True) - 1).clamp_max(len(values) - 2)
+        codes = low + (torch.rand_like(scaled) * (values[low + 1] - values[low]) < scaled - values[low])
+    else:
+        codes = torch.bucketize(scaled, middles, out_int32=True)
     if scheme.keep and not signed:
         codes = torch.where(blocks > 0, codes.clamp_min(1), codes)
     return (values[codes] * absmax).flatten()[: x.numel()].view_as(x)
@@ -103,7 +111,8 @@ def main(
 
     dynamic or linear: the map of codes to values, arXiv 2110.02861's or 255 equal cells. blocks or tensor: an absmax
     for 256 elements or for all. sqrt(v) or v: what is stored of the second moment. never 0: what is above 0 is stored
-    above 0. octavo is dynamic, blocks, sqrt(v), never 0. A training whose loss explodes is shown as diverged.
+    above 0. at random: the second moment is rounded up or down at random, the nearer the likelier, and not to nearest.
+    octavo is dynamic, blocks, sqrt(v), never 0. A training whose loss explodes is shown as diverged.
     """
     settings = dict(locals())
     torch.set_num_threads(threads)

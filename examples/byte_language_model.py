@@ -96,11 +96,11 @@ def make_task(
     return Task(name, model, loss, batches, evaluate)
 
 
-def contenders(weight_decay: float = 0.01, control: bool = False) -> Mapping[str, MakeOptimizer]:
+def contenders(beta2: float = 0.999, control: bool = False) -> Mapping[str, MakeOptimizer]:
     """The optimizers by name, the first the one that others are compared to."""
     from octavo.optim import AdamW8bit
 
-    options: dict[str, Any] = {"weight_decay": weight_decay}
+    options: dict[str, Any] = {"betas": (0.9, beta2)}
     made: dict[str, MakeOptimizer] = {
         "AdamW": lambda model: torch.optim.AdamW(model.parameters(), **options),
         "AdamW8bit": lambda model: AdamW8bit(model.parameters(), **options),
@@ -118,6 +118,7 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, no matrix is in 8 bit.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
+    beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
     validation: Annotated[int, typer.Option(help="Bytes of held-out text to judge by.")] = 32768,
     stable_embedding: Annotated[
         bool, typer.Option("--stable-embedding", help="octavo.nn.StableEmbedding for the bytes, for all optimizers.")
@@ -142,7 +143,7 @@ def main(
     task = make_task(batch, context, width, layers, validation=validation, embedding=embedding)
     console.print(f"{task.name}: {parameters(task):,} parameters, {len(text()[0]):,} bytes to learn from")
     begin = time.perf_counter()
-    runs = train(task, contenders(control=control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
+    runs = train(task, contenders(beta2, control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
     show(task, runs, "nats per byte")
     write(task, runs, settings, time.perf_counter() - begin, out)
 

@@ -113,6 +113,7 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, few states are in 8 bit.")] = 96,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 1e-3,
+    beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
     validation: Annotated[int, typer.Option(help="Pictures to judge by, of the 10,000 for testing.")] = 10000,
     control: Annotated[
         bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
@@ -135,7 +136,7 @@ def main(
         raise typer.Exit(1) from None
     console.print(f"{task.name}: {parameters(task):,} parameters")
     begin = time.perf_counter()
-    runs = train(task, contenders(control=control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
+    runs = train(task, contenders(beta2, control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
     show(task, runs, "nats")
     write(task, runs, settings, time.perf_counter() - begin, out)
 
