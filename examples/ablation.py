@@ -96,15 +96,16 @@ class AdamWRounded(torch.optim.AdamW):
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with its own weights and batches.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Windows of text in a batch.")] = 6,
     context: Annotated[int, typer.Option(min=2, help="Bytes in a window.")] = 64,
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, no matrix is in 8 bit.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradients, for all optimizers; 0: any.")] = 1.0,
     validation: Annotated[int, typer.Option(help="Bytes of held-out text to judge by.")] = 32768,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for ablation.json and .png.")] = OUT,
 ) -> None:
     """Show which parts of the scheme let Adam's states be 8 bit: the byte language model, trained with each of several.
@@ -125,7 +126,7 @@ def main(
     contenders: dict[str, MakeOptimizer] = {"32 bit": lambda model: torch.optim.AdamW(model.parameters())}
     contenders |= {str(scheme): partial(rounded, scheme) for scheme in SCHEMES}
     begin = time.perf_counter()
-    runs = train(task, contenders, Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 8))
+    runs = train(task, contenders, Schedule(lr, steps // 10, steps), seeds, max(1, steps // 8), clip)
     show(task, runs, "nats per byte")
     write(task, runs, settings, time.perf_counter() - begin, out)
 

@@ -68,9 +68,17 @@ class Run:
 
 
 def train(
-    task: Task, contenders: Mapping[str, MakeOptimizer], schedule: Schedule, seeds: int, every: int = 100
+    task: Task,
+    contenders: Mapping[str, MakeOptimizer],
+    schedule: Schedule,
+    seeds: int,
+    every: int = 100,
+    clip: float = 0.0,
 ) -> list[Run]:
-    """Train all contenders in lockstep, seed by seed; evaluate each `every` steps and in the end."""
+    """Train all contenders in lockstep, seed by seed; evaluate each `every` steps and in the end.
+
+    clip: the largest norm of a step's gradients, larger ones are scaled to it; 0 leaves them alone.
+    """
     runs: list[Run] = []
     with _progress(schedule.steps * seeds) as advance:
         for seed in range(seeds):
@@ -85,7 +93,7 @@ def train(
                 batch = next(batches)
                 for name, run in going.items():
                     if run.diverged_at is None:
-                        _step(task, models[name], optimizers[name], schedule(step), batch, run)
+                        _step(task, models[name], optimizers[name], schedule(step), batch, run, clip)
                         if (step + 1) % every == 0 and run.diverged_at is None:
                             run.valid.append((step + 1, _evaluate(task, models[name], full=False)["loss"]))
                 advance(f"seed {seed}", going.values())
@@ -98,7 +106,9 @@ def train(
     return runs
 
 
-def _step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, batch: Batch, run: Run) -> None:
+def _step(
+    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, batch: Batch, run: Run, clip: float
+) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
@@ -109,6 +119,8 @@ def _step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, lr: fl
         run.diverged_at = len(run.train)
         return
     loss.backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
 
 

@@ -118,14 +118,14 @@ def main(
     control: Annotated[
         bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of octavo.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of octavo.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for vision_transformer.json and .png.")] = OUT,
 ) -> None:
     """Train a small vision transformer on Fashion-MNIST with 32-bit AdamW and with octavo's AdamW8bit.
 
     Both start from the same weights and see the same batches, so that their paired difference shows what 8-bit states
     change. It prints validation loss and accuracy, and writes a JSON file and a plot. The defaults take some minutes on
-    two cores. The data come with Debian's package dataset-fashion-mnist; nothing is downloaded.
+    one core. The data come with Debian's package dataset-fashion-mnist; nothing is downloaded.
     """
     settings = dict(locals())
     torch.set_num_threads(threads)
