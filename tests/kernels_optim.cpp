@@ -272,7 +272,7 @@ int64_t plain_step(const OptimStep& s, const OptimTensor& t, const Factors& f) {
       for (int k = 0; k < kStates; ++k) {
         const float kept = k < Rule::kMoments ? m[k] : t.quantized ? root : v;
         next[k][j] = valid ? kept : old[k];
-        most[k] = std::max(most[k], std::fabs(next[k][j]));
+        most[k] = std::max(most[k], k == Rule::kMoments ? next[k][j] : reach_of(next[k][j]));
         if (!t.quantized) static_cast<float*>(t.state[k])[i] = next[k][j];
       }
       if (param == DType::f32) {

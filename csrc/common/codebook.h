@@ -285,6 +285,14 @@ HD float dither_of(uint32_t random) {
   return __builtin_fmaf(v, kDitherScale, -1.5f * kDitherScale);
 }
 
+// What |m| counts for in the absmax of a signed state. The map reaches from -0.99297 to 1: a negative element that is
+// the largest of its block would lose 0.7 % a step if the absmax were its magnitude.
+constexpr float kNegativeReach = -1.0f / 0.992968738079071f;
+
+HD float reach_of(float m) {
+  return m < 0.0f ? m * kNegativeReach : __builtin_fabsf(m);  // not -0, whose bits would be a large integer
+}
+
 // ---- blocks ----
 
 // Below this absmax 1 / absmax may leave fp32: such a block counts as zero, and its absmax is stored as 0.

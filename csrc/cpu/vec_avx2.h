@@ -123,9 +123,6 @@ struct Vec {
   using M = __m256;  // all bits of a lane
   static M finite(F v) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), abs_bits(v))); }
   static bool all(M mask) { return _mm256_movemask_ps(mask) == 0xff; }
-  static F larger_magnitude(F a, F v) {
-    return max(a, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v));
-  }  // of a >= 0 and v, without its sign
   static M positive(F v) { return _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ); }
   static M both(M a, M b) { return _mm256_and_ps(a, b); }
   static M lanes_below(int n) { return _mm256_castsi256_ps(lanes(n)); }

@@ -77,7 +77,6 @@ struct Vec {
   using M = __mmask16;
   static M finite(F v) { return static_cast<M>(~_mm512_fpclass_ps_mask(v, 0x99)); }  // neither NaN nor Inf
   static bool all(M mask) { return mask == 0xffff; }
-  static F larger_magnitude(F a, F v) { return _mm512_range_ps(a, v, 0x0b); }  // of a >= 0 and v, without its sign
   static M positive(F v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ); }
   static M both(M a, M b) { return static_cast<M>(a & b); }
   static M lanes_below(int n) { return lanes(n); }

@@ -46,9 +46,6 @@ struct Vec {
   using M = bool;  // a lane mask
   static M finite(F v) { return octavo::abs_bits(v) < 0x7f800000u; }
   static bool all(M mask) { return mask; }
-  static F larger_magnitude(F a, F v) {
-    return a > octavo::bits_float(octavo::abs_bits(v)) ? a : octavo::bits_float(octavo::abs_bits(v));
-  }  // of a >= 0 and v, without its sign
   static M positive(F v) { return v > 0.0f; }
   static M both(M a, M b) { return a && b; }
   static M lanes_below(int n) { return n > 0; }

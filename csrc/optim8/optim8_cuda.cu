@@ -128,7 +128,8 @@ __device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const
   if constexpr (kQuantized) {
     UNROLL for (int i = 0; i < S::kCount; ++i) {
       float largest = left_alone > 0 ? stored.absmax[i] : 0.0f;  // what is left alone keeps its code
-      UNROLL for (int e = 0; e < kEach; ++e) largest = fmaxf(largest, fabsf(state[i][e]));
+      UNROLL for (int e = 0; e < kEach; ++e) largest =
+          fmaxf(largest, S::second(i) ? state[i][e] : reach_of(state[i][e]));
       most[i] = float_bits(largest);
     }
   }
@@ -161,9 +162,9 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
       if (S::second(i))
         most[i] = max(most[i], float_bits(next.root));
       else if (checked<Rule>(i))
-        most[i] = max(most[i], abs_bits(state[i][e]));
+        most[i] = max(most[i], abs_bits(kQuantized ? reach_of(state[i][e]) : state[i][e]));
       else if (kQuantized)
-        most[i] = float_bits(fmaxf(bits_float(most[i]), fabsf(state[i][e])));
+        most[i] = float_bits(fmaxf(bits_float(most[i]), reach_of(state[i][e])));
     }
   }
 

@@ -180,11 +180,11 @@ struct StepLoops {
     int64_t update(const OptimTensor& t, const Factors& f, int64_t block, const BlockPlace& place, float* p,
                    const float* g) {
       float absmax[kSlots] = {};
-      F most[kSlots];
+      F most[kSlots], least[kSlots];
       if constexpr (kQuantized)
         for (int s = 0; s < kStates; ++s) {
           absmax[s] = t.absmax[s][block];
-          most[s] = V::set(0.0f);
+          most[s] = least[s] = V::set(0.0f);
         }
       if (waiting.any && place.count < kOptimBlock) encode_waiting(t);
       const int slot = waiting.slot ^ 1;
@@ -192,17 +192,22 @@ struct StepLoops {
       int j = 0;
       if (waiting.any) {
         for (; j < kOptimBlock; j += V::kWidth) {
-          left_alone += elements<true>(t, f, place, absmax, most, p, g, slot, j, V::kWidth);
+          left_alone += elements<true>(t, f, place, absmax, most, least, p, g, slot, j, V::kWidth);
           encode_waiting_at(t, j);
         }
         waiting.any = false;
       }
       for (; j + V::kWidth <= place.count; j += V::kWidth)
-        left_alone += elements<true>(t, f, place, absmax, most, p, g, slot, j, V::kWidth);
-      if (j < place.count) left_alone += elements<false>(t, f, place, absmax, most, p, g, slot, j, place.count - j);
+        left_alone += elements<true>(t, f, place, absmax, most, least, p, g, slot, j, V::kWidth);
+      if (j < place.count)
+        left_alone += elements<false>(t, f, place, absmax, most, least, p, g, slot, j, place.count - j);
       if constexpr (kQuantized && kStates > 0) {
         for (int s = 0; s < kStates; ++s) {
-          float largest = bits_float(V::reduce_max(V::bits(most[s])));
+          float largest = bits_float(V::reduce_max(V::abs_bits(most[s])));  // -0 is 0
+          if (s != kSecondAt) {
+            const float other = reach_of(-bits_float(V::reduce_max(V::abs_bits(least[s]))));
+            if (other > largest) largest = other;
+          }
           // What is left alone keeps its code under the same absmax.
           if (left_alone && largest < absmax[s]) largest = absmax[s];
           t.absmax[s][block] = block_absmax(largest);
@@ -242,8 +247,8 @@ struct StepLoops {
 
     template <bool kWhole>
     __attribute__((always_inline)) int elements(const OptimTensor& t, const Factors& f, const BlockPlace& place,
-                                                const float* absmax, F* most, float* p, const float* g, int slot, int j,
-                                                int n) {
+                                                const float* absmax, F* most, F* least, float* p, const float* g,
+                                                int slot, int j, int n) {
       if constexpr (kWhole) n = V::kWidth;
       F m[2], v, root, old[2];
       load_states(*this, t, place.first + j, n, absmax, m, v, root);
@@ -270,7 +275,8 @@ struct StepLoops {
           F value = s == kSecondAt ? root : m[s];
           if constexpr (!kWhole) value = V::select(V::lanes_below(n), value, V::set(0.0f));  // code 0 is not 0
           V::store(next[slot][s] + j, value);
-          most[s] = s == kSecondAt ? V::max(most[s], value) : V::larger_magnitude(most[s], value);
+          most[s] = V::max(most[s], value);
+          if (s != kSecondAt) least[s] = V::min(least[s], value);
         } else {
           V::store(static_cast<float*>(t.state[s]) + place.first + j, s == kSecondAt ? v : m[s], n);
         }
