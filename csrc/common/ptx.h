@@ -19,6 +19,14 @@ __device__ __forceinline__ void set_flag(uint8_t* flag) {
 #endif
 }
 
+// v, computed here once: the compiler would otherwise take sums apart and make their common parts again for each use.
+__device__ __forceinline__ uint32_t computed(uint32_t v) {
+#if defined(__CUDACC__)
+  asm("" : "+r"(v));
+#endif
+  return v;
+}
+
 // (above & 0xffff) << 16 | byte(high) << 8 | byte(low), where byte() saturates to [0, 255].
 __device__ __forceinline__ uint32_t pack_bytes(int32_t low, int32_t high, uint32_t above) {
 #if !defined(__CUDACC__)

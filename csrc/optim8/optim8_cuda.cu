@@ -140,7 +140,7 @@ __device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const
 template <class Rule, bool kQuantized, bool kWide>
 __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const OptimTensor& t, const Factors& f,
                                            const StateTable* tables, const BlockPlace& place, int64_t block,
-                                           uint32_t key) {
+                                           uint32_t key, uint32_t dither) {
   using S = States<Rule>;
   using L = Lanes<kWide>;
   float p[kEach], g[kEach], state[S::kSlots][kEach];
@@ -185,10 +185,12 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
       uint32_t random[kEach] = {};
       if constexpr (dithered<Rule>(0) || S::kCount > 1) {
         if (dithered<Rule>(i)) {
-          const uint32_t mine =
-              dither_key(t.id, *in_global(t.step), i) + static_cast<uint32_t>(place.mine) * kDitherStep;
-          UNROLL for (int e = 0; e < kEach; ++e) random[e] =
-              mine + static_cast<uint32_t>(L::offset(e, place.packed)) * kDitherStep;
+          const uint32_t step = place.packed ? kDitherStep : 32 * kDitherStep;  // to the next of `part` elements
+          UNROLL for (int part = 0; part < kEach; part += L::kPart) {
+            uint32_t at = computed(dither + dither_key(0, 0, i) + static_cast<uint32_t>(place.mine) * kDitherStep +
+                                   32 * part * kDitherStep);
+            UNROLL for (int e = part; e < part + L::kPart; ++e, at = computed(at + step)) random[e] = at;
+          }
         }
       }
       const StateTable& table = tables[i];
@@ -281,15 +283,16 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
     const OptimTensor& t = *at.t;
     // In registers, but where three states take them all.
     const std::conditional_t<(Rule::kMoments > 1), const Factors&, const Factors> f = place[0].factors;
+    const uint32_t dither = dither_key(t.id, at.step, 0);
     uint32_t key = 0;
     if (!kWide && s.stochastic) key = random_key(s.seed, t.id, at.step);
     NO_UNROLL for (int i = threadIdx.x / 32; i < at.blocks; i += kStepWarps) {
       const int64_t block = at.begin + i;
       const BlockPlace where(t, at.count, block, Lanes<kWide>::kPart, at.packable, at.flat);
       if (t.quantized)
-        step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
+        step_block<Rule, true, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key, dither);
       else
-        step_block<Rule, false, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key);
+        step_block<Rule, false, kWide>(Rule{}, s, t, f, place[0].tables, where, block, key, dither);
     }
   }
 }
