@@ -511,3 +511,65 @@ def test_second_moments_do_not_lag():
     ratio = (root / wanted)[wanted > 0.02 * wanted.max()]
     assert 0.97 < float(ratio.mean()) < 1.02
     assert float(ratio.std()) < 0.1
+
+
+def test_a_parameter_resized_in_place_is_not_written_past_its_end():
+    """At the same address with fewer elements: the table of addresses of the step before must not be used."""
+    memory, other = torch.zeros(512), one(512, 0.0)
+    param, grad = torch.nn.Parameter(memory[:]), torch.ones(512)
+    optimizer = optim.SGD8bit([param, other], lr=1.0)
+    param.grad, other.grad = grad, torch.ones(512)
+    optimizer.step()
+    param.grad = None
+    param.data = memory[:100]
+    param.grad = grad[:100]
+    optimizer.step()
+    assert bool((memory[:100] == -2).all()) and bool((memory[100:] == -1).all())
+    assert bool((other == -2).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("betas", (0.9,)), ("betas", "ab"), ("lr", "a"), ("lr", torch.ones(2)), ("eps", None), ("max_grad_norm", "x")],
+)
+def test_options_spoiled_after_the_first_step_change_nothing(name: str, value: object):
+    params = [one(), one()]
+    optimizer = optim.AdamW8bit([{"params": [p]} for p in params], lr=0.1)
+    give_gradients(params, torch.Generator().manual_seed(0))
+    optimizer.step()
+    before = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before[0], strict=True))
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[key], old) for key, old in before[1][index].items())
+
+
+@pytest.mark.parametrize("make", [lambda p: optim.SGD8bit(p, 0.0, 0.99), lambda p: optim.Lion8bit(p, 0.0)])
+def test_moments_of_either_sign_are_the_same(make):
+    """The signed map has no -1: the largest of a block must not be damped when it is negative."""
+    up, down = one(4096, 0.0), one(4096, 0.0)
+    optimizers = [make([up]), make([down])]
+    for _ in range(500):
+        up.grad, down.grad = torch.ones(4096), -torch.ones(4096)
+        for optimizer in optimizers:
+            optimizer.step()
+    key = "momentum_buffer" if "momentum_buffer" in optimizers[0].state[up] else "exp_avg"
+    values = [
+        octavo.dequantize_blockwise(o.state[p][key], o.state[p][f"{key}_absmax"].flatten())
+        for o, p in zip(optimizers, (up, down), strict=True)
+    ]
+    torch.testing.assert_close(values[1], -values[0], rtol=1e-4, atol=0.0)
+
+
+def test_moments_that_cannot_be_kept_are_refused_when_loaded():
+    param = one()
+    full = torch.optim.AdamW([param], lr=1e-3)
+    param.grad = torch.ones(4096)
+    full.step()
+    for spoiled in (float("nan"), -1.0):
+        state = copy.deepcopy(full.state_dict())
+        state["state"][0]["exp_avg_sq"][3] = spoiled
+        with pytest.raises(ValueError, match="exp_avg_sq must be finite and not negative"):
+            optim.AdamW8bit([param], lr=1e-3).load_state_dict(state)

@@ -355,7 +355,7 @@ def test_bad_options(options: dict[str, Any], message: str):
         (lambda p: optim.RMSprop8bit(p, centered=True), ValueError, "centered=True is not supported"),
         (lambda p: optim.SGD8bit(p, nesterov=True), ValueError, "nesterov needs a momentum and no dampening"),
         (lambda p: optim.SGD8bit(p, momentum=-1), ValueError, "momentum must be 0 or positive, got -1"),
-        (lambda p: optim.AdEMAMix8bit(p, betas=(0.9, 0.9)), ValueError, "betas must be three numbers"),
+        (lambda p: optim.AdEMAMix8bit(p, betas=(0.9, 0.9)), ValueError, "betas must be 3 numbers"),
         (lambda p: optim.AdEMAMix8bit(p, betas=(0.0, 0.9, 0.9), t_beta3=5), ValueError, "t_beta3 needs positive"),
         (lambda p: optim.AdamW8bit(p, block_wise=True), TypeError, "no option block_wise; .* has maximize, foreach"),
         (lambda p: optim.AdamW8bit([one().data.double()]), ValueError, r"parameter 0 must be .* got float64 \[4096\]"),

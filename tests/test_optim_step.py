@@ -141,7 +141,7 @@ def assert_as_reference(actual: Run, wanted: Run) -> None:
 def test_states_at_every_threshold(ops: Ops, signed: bool):
     """One step that stores given values as a state: each midpoint of the map with its neighbours, zeros, denormals."""
     middle = reference_states.thresholds(reference_states.dynamic_map(signed)).float()
-    values = [middle, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2e-38, 1e-7, 1e-20, 1.0, -1.0, 0.3] + [0.0] * 245)]
+    values = [middle, torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2e-38, 1e-7, 1e-20, 1.0, -0.992, 0.3] + [0.0] * 245)]
     above, below = middle, middle
     for _ in range(4):
         above, below = above.nextafter(torch.tensor(9.0)), below.nextafter(torch.tensor(-9.0))

@@ -6,7 +6,7 @@ namespace octavo {
 // One step of an optimizer over many tensors. The arithmetic of each optimizer: rules.h. States are either fp32, or
 // 8-bit codes with one absmax per block (common/codebook.h): moments by the signed dynamic map, and of the second
 // moment v its root sqrt(v), by the unsigned map, where what is above 0 gets at least code 1, so that no root that a
-// moment is divided by rounds to 0.
+// moment is divided by rounds to 0. Second moments and AdEMAMix's slow one are coded with dither (rules.h: dithered).
 
 constexpr int kMaxStates = 3;
 constexpr int64_t kOptimBlock = 256;  // elements of a block

@@ -275,8 +275,8 @@ void dispatch_rule(Rule rule, const F& call) {
 
 // ---- random bits for stochastic rounding ----
 
-// Of one parameter in one step; then random_bits(key, i) for its element i. A hash, so that every machine and order
-// gives the same numbers (the mixing is the 32-bit finaliser of C. Wellons' search, "lowbias32").
+// Of one parameter in one step; then mix_bits(key_of_block(key, first) + j) for an element. A hash, so that every
+// machine and order gives the same numbers (the mixing is the 32-bit finaliser of C. Wellons' search, "lowbias32").
 HD uint32_t mix_bits(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;

@@ -217,7 +217,7 @@ def evaluate_(
 @app.command()
 def bench(
     family: Annotated[
-        str | None, typer.Argument(show_default="all", help="int8 (operators) or model (language models).")
+        str | None, typer.Argument(show_default="all", help="int8, blockwise (operators), optim or model.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One layer, one small model: a minute or two.")] = False,
     out: Annotated[
@@ -237,6 +237,7 @@ def bench(
     ```sh
     octavo bench int8 --quick
     octavo bench model --quick
+    octavo bench optim --quick
     octavo bench --out ./bench-results --threads 1 --threads 8
     ```
     """

@@ -76,12 +76,16 @@ class _Launch:
     ids: list[int] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     table: Tensor | None = None
+    hyper: list[float] = field(default_factory=list)
+    lr: Tensor | None = None
 
     def key(self) -> tuple[object, ...]:
-        """Equal only for tensors at the same places."""
+        """Equal only for tensors of the same sizes and dtypes at the same places."""
         lists = (self.params, self.grads, self.steps, self.states, self.absmax, self.compensation)
         addresses = tuple(address for tensors in lists for address in map(Tensor.data_ptr, tensors))
-        return addresses, tuple([p.dtype for p in self.params]), tuple([g.dtype for g in self.grads]), tuple(self.ids)
+        sizes = [t.shape for tensors in (self.params, self.grads, self.states, self.absmax) for t in tensors]
+        dtypes = [t.dtype for tensors in (self.params, self.grads, self.states) for t in tensors]
+        return addresses, tuple(sizes), tuple(dtypes), tuple(self.ids)
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -120,6 +124,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
     grad_norm: Tensor | None = None
+    _betas = 2  # how many, where the rule has any
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
         if unknown := set(options) - set(_OPTION_DEFAULTS):
@@ -154,17 +159,30 @@ class Optimizer8bit(torch.optim.Optimizer):
         def refuse(name: str, wanted: str) -> None:
             raise ValueError(f"{where}: {name} must be {wanted}, got {group[name]!r}")
 
+        def number(name: str, value: Any) -> float:
+            try:
+                return float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{where}: {name} must be a number, got {value!r}") from None
+
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"{where}: lr must be one number, got a tensor of shape {list(lr.shape)}")
-        if not 0.0 <= float(lr) < math.inf:
+        on_device = isinstance(lr, Tensor) and lr.device.type == "cuda"  # reading it would wait for the device
+        if not on_device and not 0.0 <= number("lr", lr) < math.inf:
             refuse("lr", "0 or positive")
         for name in _NOT_NEGATIVE:
-            if (value := group.get(name)) is not None and not 0.0 <= value < math.inf:
+            optional = name not in group or (name == "max_grad_norm" and group[name] is None)
+            optional = optional or (name in ("t_alpha", "t_beta3") and group[name] is None)
+            if not optional and not 0.0 <= number(name, group[name]) < math.inf:
                 refuse(name, "0 or positive")
-        for i, beta in enumerate(group.get("betas", ())):
-            if not 0.0 <= float(beta) < 1.0:
-                raise ValueError(f"{where}: betas[{i}] must lie in [0, 1), got {group['betas']!r}")
+        if "betas" in group:
+            betas = group["betas"]
+            if not isinstance(betas, (tuple, list)) or len(betas) != self._betas:
+                refuse("betas", f"{self._betas} numbers")
+            for i, beta in enumerate(betas):
+                if not 0.0 <= number(f"betas[{i}]", beta) < 1.0:
+                    raise ValueError(f"{where}: betas[{i}] must lie in [0, 1), got {betas!r}")
         if group["bits"] not in (8, 32):
             refuse("bits", "8 or 32")
         if isinstance(size := group["min_8bit_size"], bool) or not isinstance(size, int) or size < 0:
@@ -308,7 +326,21 @@ class Optimizer8bit(torch.optim.Optimizer):
             launches += by_device.values()
         for launch in launches:
             self._find_table(launch)
+            self._find_hyper(launch)
         return launches, counters, clipped
+
+    def _find_hyper(self, launch: _Launch) -> None:
+        """The numbers of a call; options may have been set to anything since the group was made."""
+        group = launch.group
+        self._check_group(group, launch.index)
+        lr, lr_value = group["lr"], 0.0
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            launch.lr = lr.detach().to(launch.device, torch.float32, non_blocking=True)
+        else:
+            lr_value = float(lr)
+        hyper = {"lr": lr_value, "weight_decay": group["weight_decay"], "eps": group.get("eps", 0.0)}
+        hyper.update(self._hyper(group))
+        launch.hyper = [float(hyper.get(name, 0.0)) for name in _HYPER]
 
     @staticmethod
     def _empty(device: torch.device) -> Tensor:
@@ -358,20 +390,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _launch(self, launch: _Launch, scale: Tensor | None, found: Tensor | None) -> None:
         group, device = launch.group, launch.device
-        lr, factor = group["lr"], None
-        lr_value, lr_tensor = 0.0, None
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            lr_tensor = lr.detach().to(device, torch.float32, non_blocking=True)
-        else:
-            lr_value = float(lr)
+        factor = None
         if group["max_grad_norm"] is not None and self.grad_norm is not None:
             norm = self.grad_norm.to(device, non_blocking=True)
             # The second term makes a norm of Inf a factor of NaN, which leaves everything alone.
             factor = (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0) + 0.0 * norm
         if device not in self._nonfinite:
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        hyper = {"lr": lr_value, "weight_decay": group["weight_decay"], "eps": group.get("eps", 0.0)}
-        hyper.update(self._hyper(group))
         assert launch.table is not None
         ops.optim_step(
             launch.params,
@@ -383,8 +408,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._nonfinite[device],
             launch.table,
             launch.rule,
-            [float(hyper.get(name, 0.0)) for name in _HYPER],
-            lr_tensor,
+            launch.hyper,
+            launch.lr,
             None if scale is None else scale.to(device, torch.float32, non_blocking=True),
             None if found is None else found.to(device, torch.float32, non_blocking=True),
             factor,

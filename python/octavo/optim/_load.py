@@ -130,6 +130,8 @@ def _convert_state(new: State, entry: State, param: Tensor, names: Names, quanti
     if absmax.dtype is not torch.float32 or tuple(absmax.shape) not in (flat, rows):
         wanted = f"float32 {list(flat)}" + (f" or {list(rows)}" if rows else "")
         _refuse(names.absmax[i], absmax, wanted, where)
+    if not bool(_state.local_of(absmax).isfinite().all()):
+        raise ValueError(f"{where}: {names.absmax[i]} must be finite, it holds NaN or Inf")
     target = _state.absmax_shape(param)
     if _state.row_of(param) % _state.BLOCK == 0 and param.dim() >= 2 and not _state.is_dtensor(absmax):
         absmax = absmax.reshape(target)  # the same blocks either way

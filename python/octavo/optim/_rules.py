@@ -147,6 +147,8 @@ class RMSprop8bit(Optimizer8bit):
         super().__init__(params, defaults, options)
 
     def _check_rule(self, group: dict[str, Any]) -> None:
+        if not 0.0 <= group["alpha"] <= 1.0:
+            raise ValueError(f"{type(self).__name__}: alpha must lie in [0, 1], got {group['alpha']!r}")
         if group["centered"]:
             raise ValueError(f"{type(self).__name__}: centered=True is not supported: no rule keeps the mean gradient")
 
@@ -235,6 +237,8 @@ class AdEMAMix8bit(Optimizer8bit):
         options: those of every optimizer: see `Optimizer8bit`.
     """
 
+    _betas = 3
+
     def __init__(
         self,
         params: Any,
@@ -260,8 +264,6 @@ class AdEMAMix8bit(Optimizer8bit):
 
     def _check_rule(self, group: dict[str, Any]) -> None:
         betas = group["betas"]
-        if len(betas) != 3:
-            raise ValueError(f"{type(self).__name__}: betas must be three numbers, got {betas!r}")
         if group["t_beta3"] and min(float(betas[0]), float(betas[2])) <= 0:
             raise ValueError(f"{type(self).__name__}: t_beta3 needs positive betas[0] and betas[2], got {betas!r}")
 

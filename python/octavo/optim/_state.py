@@ -193,6 +193,10 @@ def set_from_values(state: State, param: Tensor, names: Names, quantized: bool, 
     if not quantized:
         state[names.plain[i]] = _like(values.float().contiguous(), param, tuple(param.shape))
         return
+    if not bool(values.isfinite().all()) or (not names.signed[i] and bool((values < 0).any())):
+        wanted = "finite" if names.signed[i] else "finite and not negative"
+        shape = list(param.shape)
+        raise ValueError(f"{names.plain[i]} must be {wanted} to be kept in 8 bit, for a parameter of shape {shape}")
     values = values.float() if names.signed[i] else values.float().sqrt()
     codes, absmax = _quantize(values.contiguous(), row_of(param) if _in_rows(param) else 0, names.signed[i])
     state[names.codes[i]] = _like(codes, param, tuple(param.shape))
