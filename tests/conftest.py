@@ -112,3 +112,11 @@ def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where an optimizer's parameters are."""
+    if request.param == "cuda" and (why := missing("cuda")):
+        pytest.skip(why)
+    return str(request.param)

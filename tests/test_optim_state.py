@@ -13,8 +13,8 @@ import octavo
 import pytest
 import torch
 from octavo import optim, reference
-from test_optim import OPTIMIZERS, one, parameters, train
 from torch import Tensor
+from training import OPTIMIZERS, one, parameters, train
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:

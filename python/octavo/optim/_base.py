@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast, overload
 
 import torch
@@ -15,6 +14,7 @@ from torch._compile import _disable_dynamo  # its public name would import the c
 from .. import ops
 from . import _load, _state
 from ._foreach import advance, total_norm
+from ._launch import Launch
 from ._state import FLOATS, RULES, Names, State
 
 FORMAT_VERSION = 1
@@ -57,35 +57,6 @@ _NOT_NEGATIVE = (
     *("weight_decay", "eps", "momentum", "alpha", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
     *("t_alpha", "t_beta3", "max_grad_norm"),
 )
-
-
-@dataclass
-class _Launch:
-    """The lists of one call: the parameters of one group on one device that have gradients."""
-
-    group: dict[str, Any]
-    index: int
-    rule: str
-    device: torch.device
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
-    absmax: list[Tensor] = field(default_factory=list)
-    compensation: list[Tensor] = field(default_factory=list)
-    ids: list[int] = field(default_factory=list)
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    table: Tensor | None = None
-    hyper: list[float] = field(default_factory=list)
-    lr: Tensor | None = None
-
-    def key(self) -> tuple[object, ...]:
-        """Equal only for tensors of the same sizes and dtypes at the same places."""
-        lists = (self.params, self.grads, self.steps, self.states, self.absmax, self.compensation)
-        addresses = tuple(address for tensors in lists for address in map(Tensor.data_ptr, tensors))
-        sizes = [t.shape for tensors in (self.params, self.grads, self.states, self.absmax) for t in tensors]
-        dtypes = [t.dtype for tensors in (self.params, self.grads, self.states) for t in tensors]
-        return addresses, tuple(sizes), tuple(dtypes), tuple(self.ids)
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -272,15 +243,15 @@ class Optimizer8bit(torch.optim.Optimizer):
             _state.add_compensation(state, param)
         return cast(State, state)
 
-    def _gather(self) -> tuple[list[_Launch], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    def _gather(self) -> tuple[list[Launch], list[Tensor], list[tuple[Tensor, Tensor]]]:
         """The calls of this step; all step counters, also those of parameters with no elements here; and, of groups
         with clipping, parameters with their gradients. Everything is checked before anything is changed."""
-        launches: list[_Launch] = []
+        launches: list[Launch] = []
         counters: list[Tensor] = []
         clipped: list[tuple[Tensor, Tensor]] = []
         dtensor, wide, number = _state.dtensor_type(), torch.float32, -1
         for index, group in enumerate(self.param_groups):
-            rule, by_device = self._rule(group), dict[torch.device, _Launch]()
+            rule, by_device = self._rule(group), dict[torch.device, Launch]()
             names, kahan, clips = RULES[rule], group["rounding"] == "kahan", group["max_grad_norm"] is not None
             for position, param in enumerate(group["params"]):
                 number += 1
@@ -311,7 +282,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                     continue
                 launch = by_device.get(p.device)
                 if launch is None:
-                    launch = by_device[p.device] = _Launch(group, index, rule, p.device)
+                    launch = by_device[p.device] = Launch(group, index, rule, p.device)
                 if not p.is_contiguous():
                     launch.copies.append((p, copy := p.contiguous()))
                     p = copy
@@ -329,7 +300,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._find_hyper(launch)
         return launches, counters, clipped
 
-    def _find_hyper(self, launch: _Launch) -> None:
+    def _find_hyper(self, launch: Launch) -> None:
         """The numbers of a call; options may have been set to anything since the group was made."""
         group = launch.group
         self._check_group(group, launch.index)
@@ -349,7 +320,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             _EMPTY[device] = torch.empty(0, device=device)
         return _EMPTY[device]
 
-    def _find_table(self, launch: _Launch) -> None:
+    def _find_table(self, launch: Launch) -> None:
         key, cache = launch.key(), self._tables.setdefault((launch.index, launch.device), OrderedDict())
         if key in cache:
             cache.move_to_end(key)
@@ -375,7 +346,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._captured.append(cache[key])
         launch.table = cache[key][0]
 
-    def _check_launch(self, launch: _Launch) -> None:
+    def _check_launch(self, launch: Launch) -> None:
         params = [p for group in self.param_groups for p in group["params"]]
         first = sum(len(group["params"]) for group in self.param_groups[: launch.index])
         for number, p, g in zip(launch.ids, launch.params, launch.grads, strict=True):
@@ -388,7 +359,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         norm = total_norm(clipped)
         self.grad_norm = norm if scale is None else norm / scale.to(norm.device, torch.float32, non_blocking=True)
 
-    def _launch(self, launch: _Launch, scale: Tensor | None, found: Tensor | None) -> None:
+    def _launch(self, launch: Launch, scale: Tensor | None, found: Tensor | None) -> None:
         group, device = launch.group, launch.device
         factor = None
         if group["max_grad_norm"] is not None and self.grad_norm is not None:

@@ -1,0 +1,38 @@
+"""What one call of `octavo.ops.optim_step` is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Launch:
+    """The lists of one call: the parameters of one group on one device that have gradients."""
+
+    group: dict[str, Any]
+    index: int
+    rule: str
+    device: torch.device
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    absmax: list[Tensor] = field(default_factory=list)
+    compensation: list[Tensor] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    table: Tensor | None = None
+    hyper: list[float] = field(default_factory=list)
+    lr: Tensor | None = None
+
+    def key(self) -> tuple[object, ...]:
+        """Equal only for tensors of the same sizes and dtypes at the same places."""
+        lists = (self.params, self.grads, self.steps, self.states, self.absmax, self.compensation)
+        addresses = tuple(address for tensors in lists for address in map(Tensor.data_ptr, tensors))
+        sizes = [t.shape for tensors in (self.params, self.grads, self.states, self.absmax) for t in tensors]
+        dtypes = [t.dtype for tensors in (self.params, self.grads, self.states) for t in tensors]
+        return addresses, tuple(sizes), tuple(dtypes), tuple(self.ids)
