@@ -238,6 +238,9 @@ void test_maps() {
   CHECK(state_code(kSignedMap, 1.0000001f) == 255 && state_code(kUnsignedMap, 1.0000001f) == 255);
   // Blocks: the absmax below which everything is 0, and codes of what is not a number.
   CHECK(block_absmax(0x1p-126f) == 0x1p-126f && block_absmax(0x1.fffffcp-127f) == 0.0f);
+  // A moment of either sign, however large, leaves a block that can be decoded.
+  for (const float m : {3.4e38f, -3.4e38f, -1.0f, 1.0f, -0.0f}) CHECK(std::isfinite(block_absmax(reach_of(m))));
+  CHECK(!std::signbit(reach_of(-0.0f)) && !std::signbit(reach_of(0.0f)));
   CHECK(block_inverse(0.0f) == 0.0f && std::isfinite(block_inverse(0x1p-126f)));
   for (const float inverse : {0.0f, 2.0f}) CHECK(block_code(NAN, inverse, kSignedMap.threshold, 127) == 127);
   CHECK(block_code(INFINITY, 2.0f, kSignedMap.threshold, 127) == 255);

@@ -298,9 +298,10 @@ HD float reach_of(float m) {
 // Below this absmax 1 / absmax may leave fp32: such a block counts as zero, and its absmax is stored as 0.
 constexpr float kMinBlockAbsmax = 0x1p-126f;
 
-// The absmax that is stored, from the largest finite magnitude in a block.
+// The absmax that is stored, from the largest finite magnitude in a block; reach_of may have left fp32.
 HD float block_absmax(float most) {
-  return most < kMinBlockAbsmax ? 0.0f : most;
+  constexpr float kMost = 0x1.fffffep127f;
+  return most < kMinBlockAbsmax ? 0.0f : most > kMost ? kMost : most;
 }
 
 // What the elements of a block are multiplied by before their nearest code is taken; 0 where all are the code of 0.

@@ -398,7 +398,7 @@ def optim_table(
     ids: list[int],
 ) -> Tensor:
     """The table of addresses that `optim_step` reads, for these very tensors in this order; `ids` number the
-    parameters for stochastic rounding.
+    parameters for stochastic rounding and dither.
 
     Returns int64 [words] on the CPU: to be moved to the parameters' device, and to be made anew when any tensor is
     another or lies elsewhere. Checks all that `optim_step` checks of its lists.

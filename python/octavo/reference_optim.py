@@ -297,7 +297,7 @@ def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor, key: int | None
     # The map reaches from -0.99297 to 1.
     reach = torch.maximum(blocks, blocks * (torch.tensor(-1.0) / torch.tensor(0.992968738079071))) if signed else blocks
     absmax = torch.maximum(reach.amax(1), at_least.flatten())
-    absmax = torch.where(absmax < 2.0**-126, 0.0, absmax)
+    absmax = torch.where(absmax < 2.0**-126, 0.0, absmax.clamp(max=torch.finfo(torch.float32).max))
     inverse = torch.where(absmax == 0, 0.0, torch.div(torch.tensor(1.0, device=x.device), absmax))
     scaled = blocks * inverse[:, None]
     if key is None:
