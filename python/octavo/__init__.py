@@ -25,6 +25,8 @@ from .ops import (
     quantize_rowwise,
     quantize_rowwise_columnwise,
     quantize_tensorwise,
+    spqr_dequantize,
+    spqr_linear,
 )
 from .quantize import Report, quantize_model
 from .serialization import load_quantized, save_quantized
@@ -60,6 +62,8 @@ __all__ = [
     "quantize_tensorwise",
     "reference",
     "save_quantized",
+    "spqr_dequantize",
+    "spqr_linear",
 ]
 
 
