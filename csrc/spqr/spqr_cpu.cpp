@@ -26,6 +26,13 @@ const SpqrLoops& loops() {
 }
 
 // The input's arrays within the workspace, from `base`; with 0, only their total size comes of it.
+const SpqrLoops& loops_for([[maybe_unused]] const SpqrMatmul& p) {
+#if OCTAVO_MAX_ISA >= 3
+  if (isa() == Isa::amx && p.dtype == DType::bf16 && p.m > kSpqrStreamRows) return amx::spqr_loops;
+#endif
+  return loops();
+}
+
 int64_t lay_out(const SpqrMatmul& p, const SpqrLoops& l, uintptr_t base, SpqrInput& in) {
   int64_t bytes = 0;
   const auto take = [&](int64_t size) {
@@ -36,6 +43,7 @@ int64_t lay_out(const SpqrMatmul& p, const SpqrLoops& l, uintptr_t base, SpqrInp
   const bool streaming = p.m <= kSpqrStreamRows, half = p.dtype == DType::f16, bf16 = p.dtype == DType::bf16;
   in.columns = spqr_chunks(p.w) * kChunk;
   in.planes = streaming ? (half ? l.parts_of_half : bf16 ? l.parts_of_bfloat16 : 0) : bf16 && l.bfloat16_panels;
+  in.tiled = l.tiled && in.planes;
   in.block = streaming ? 1 : l.panel_rows;
   if (streaming)
     while (in.block < p.m) in.block *= 2;
@@ -51,11 +59,11 @@ int64_t lay_out(const SpqrMatmul& p, const SpqrLoops& l, uintptr_t base, SpqrInp
 
 int64_t spqr_workspace(const SpqrMatmul& p) {
   SpqrInput in{};
-  return lay_out(p, loops(), 0, in) + 64;
+  return lay_out(p, loops_for(p), 0, in) + 64;
 }
 
 void spqr_matmul(const SpqrMatmul& p, Stream) {
-  const SpqrLoops& l = loops();
+  const SpqrLoops& l = loops_for(p);
   SpqrInput in{};
   const uintptr_t start = reinterpret_cast<uintptr_t>(p.workspace);
   lay_out(p, l, (start + 63) / 64 * 64, in);

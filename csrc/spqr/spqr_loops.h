@@ -11,14 +11,17 @@ struct SpqrInput {
   int64_t block;    // rows of a block. Streaming: one block, m or the next power of two
   int64_t rows;     // a multiple of block; those beyond m are zeros
   float* x;         // [rows / block, columns, block], or null
-  uint32_t* parts;  // [rows / block, columns / 2, block, planes]: pairs of bf16 numbers whose sum is x, or null
-  int planes;       // 1 or 2; 0 without parts
-  float* sums;      // streaming: [groups, block], sums of x over the groups
+  uint32_t* parts;  // [rows / block, columns / 2, block, planes]: pairs of bf16 numbers whose sum is x, or null;
+                    // with tiled, which has one plane: [rows / block, columns / 32, block, 16]
+  bool tiled;
+  int planes;   // 1 or 2; 0 without parts
+  float* sums;  // streaming: [groups, block], sums of x over the groups
 };
 
 struct SpqrLoops {
   int parts_of_half, parts_of_bfloat16;  // planes that streaming wants for this dtype; 0: fp32
   bool bfloat16_panels;                  // whether products of many rows of bf16 x read parts, not x
+  bool tiled;                            // and these in tiles
   int64_t panel_tiles, panel_rows;       // row tiles that a task of such a product takes; its blocks of x
   void (*prepare)(const SpqrMatmul&, const SpqrInput&, int64_t begin, int64_t end);  // blocks of x
   void (*stream)(const SpqrMatmul&, const SpqrInput&, int64_t begin, int64_t end);   // row tiles
@@ -40,7 +43,7 @@ extern const SpqrLoops spqr_loops;
 extern const SpqrLoops spqr_bf16_loops;  // with AVX512-BF16
 }  // namespace avx512
 namespace amx {
-extern const SpqrLoops spqr_loops;
+extern const SpqrLoops spqr_loops;  // many rows of bf16 x only
 }
 
 }  // namespace octavo::cpu
@@ -194,7 +197,12 @@ struct Spqr {
           V::store(high + j, v);
           if (in.planes == 2) V::store(low + j, V::sub(v, V::load(high + j)));
         }
-        for (int64_t e = 0; e < count / 2; ++e) {
+        if (in.tiled) {
+          to = in.parts + (block * in.columns + j0) / 2 * in.block + i * kPairs;
+          for (int64_t j = 0; j < count; j += kChunk)
+            __builtin_memcpy(to + j / 2 * in.block, high + j, kChunk * sizeof(BFloat16));
+        }
+        for (int64_t e = 0; e < count / 2 && !in.tiled; ++e) {
           __builtin_memcpy(to + e * (in.block * in.planes), high + 2 * e, 4);
           if (in.planes == 2) __builtin_memcpy(to + e * (in.block * in.planes) + 1, low + 2 * e, 4);
         }
@@ -511,6 +519,7 @@ struct Spqr {
   static constexpr SpqrLoops table{.parts_of_half = 0,
                                    .parts_of_bfloat16 = 0,
                                    .bfloat16_panels = false,
+                                   .tiled = false,
                                    .panel_tiles = kPanelTiles,
                                    .panel_rows = kRows,
                                    .prepare = prepare,
