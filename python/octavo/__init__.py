@@ -25,6 +25,7 @@ from .ops import (
     quantize_rowwise,
     quantize_rowwise_columnwise,
     quantize_tensorwise,
+    spqr_quantize_columns,
 )
 from .quantize import Report, quantize_model
 from .serialization import load_quantized, save_quantized
@@ -60,6 +61,7 @@ __all__ = [
     "quantize_tensorwise",
     "reference",
     "save_quantized",
+    "spqr_quantize_columns",
 ]
 
 
