@@ -50,6 +50,15 @@ static void define_ops(Library& m) {
       "Tensor(d!)[] compensation, Tensor(e!) nonfinite, Tensor table, str rule, float[] hyper, Tensor? lr=None, "
       "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, bool maximize=False, "
       "bool stochastic=False, int seed=0) -> ()");
+  // SpQR weights: csrc/spqr/README.md
+  m.def(
+      "spqr_linear(Tensor x, Tensor codes, Tensor statistics, Tensor? second_order, Tensor unit, Tensor outliers, "
+      "Tensor row_offsets, Tensor? perm, Tensor? bias, int n, int group_size, int stats_group_size=16, "
+      "int scale_bits=3, int zero_bits=3) -> Tensor");
+  m.def(
+      "spqr_dequantize(Tensor codes, Tensor statistics, Tensor? second_order, Tensor unit, Tensor outliers, "
+      "Tensor row_offsets, Tensor? perm, int n, int k, ScalarType dtype, int group_size, int stats_group_size=16, "
+      "int scale_bits=3, int zero_bits=3) -> Tensor");
 }
 
 #ifdef OCTAVO_SIMT

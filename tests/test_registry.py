@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from octavo import _C, ops, reference
+from spqr_weights import random_weight
 
 OPS = sorted(
     name.removeprefix("octavo::")
@@ -35,6 +36,13 @@ def optimizer_lists() -> tuple[list[torch.Tensor], ...]:
     return params, grads, [torch.ones(()) for _ in shapes], states, [torch.zeros(3), torch.zeros(1)]
 
 
+def spqr_arguments(name: str) -> tuple[object, ...]:
+    weight = random_weight(n=20, k=48, group_size=16, outliers=0.05)
+    if name == "spqr_dequantize":
+        return (*weight.arguments(), 20, 48, torch.float16, 16)
+    return (torch.randn(2, 3, 48), *weight.arguments(), torch.ones(20), 20, 16)
+
+
 def sample(name: str) -> tuple[object, ...]:
     """Arguments for one call of each operator."""
     if name in ("optim_table", "optim_step"):
@@ -43,6 +51,8 @@ def sample(name: str) -> tuple[object, ...]:
         hyper = [0.0] * 15  # lr 0: a step changes nothing but the states
         last = ([0, 1],) if name == "optim_table" else (torch.zeros(1, dtype=torch.int64), table, "lion", hyper)
         return (*lists, [], *last)
+    if name in ("spqr_linear", "spqr_dequantize"):
+        return spqr_arguments(name)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 20, generator=generator)
     weight, scale = reference.quantize_rowwise(torch.randn(7, 20, generator=generator))

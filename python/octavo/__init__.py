@@ -25,6 +25,8 @@ from .ops import (
     quantize_rowwise,
     quantize_rowwise_columnwise,
     quantize_tensorwise,
+    spqr_dequantize,
+    spqr_linear,
     spqr_quantize_columns,
 )
 from .quantize import Report, quantize_model
@@ -61,6 +63,8 @@ __all__ = [
     "quantize_tensorwise",
     "reference",
     "save_quantized",
+    "spqr_dequantize",
+    "spqr_linear",
     "spqr_quantize_columns",
 ]
 
