@@ -64,7 +64,7 @@ class SpQRConfig:
 
     @classmethod
     def gptq(cls, bits: int = 4, group_size: int = 64, **settings: Any) -> SpQRConfig:
-        """GPTQ (arXiv 2210.17323): fp16 scales and real-valued fp16 zero points per group, no outliers, damping 0.01."""
+        """GPTQ (arXiv 2210.17323): fp16 scales and zero points per group, no outliers, damping 0.01."""
         return cls(bits, group_size, **{"bilevel": False, "tau": math.inf, "damping": 0.01, **settings})
 
     @classmethod

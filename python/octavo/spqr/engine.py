@@ -142,11 +142,6 @@ def _assemble(
     order = torch.argsort(rows, stable=True)  # columns ascend: blocks did
     offsets = torch.zeros(n + 1, dtype=torch.int32)
     offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
-    statistics = (
-        {"scale_codes": scales, "zero_codes": zeros, "second_order": second_order}
-        if config.bilevel
-        else {"scales": scales, "zeros": zeros}
-    )
     return SpQRCodes(
         n,
         k,
@@ -164,7 +159,11 @@ def _assemble(
         tau=tau,
         damping=config.damping,
         loss=loss,
-        **statistics,
+        scales=None if config.bilevel else scales,
+        zeros=None if config.bilevel else zeros,
+        scale_codes=scales if config.bilevel else None,
+        zero_codes=zeros if config.bilevel else None,
+        second_order=second_order if config.bilevel else None,
     )
 
 

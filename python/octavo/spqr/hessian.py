@@ -100,7 +100,7 @@ def _inverse_factor(hessian: Tensor, mean: float, damping: float, dead: Tensor, 
         if failed:
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        upper = upper.float()
-        if not failed and bool(torch.isfinite(upper).all()) and bool((upper.diagonal() > 0).all()):
-            return upper
+        single: Tensor = upper.float()
+        if not failed and bool(torch.isfinite(single).all()) and bool((single.diagonal() > 0).all()):
+            return single
     return None
