@@ -18,11 +18,11 @@ _F32 = 0
 
 
 class _InitParams(ctypes.Structure):
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]  # noqa: RUF012
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 class _Plan(ctypes.Structure):  # ggml_cplan; what newer versions append fits the reserve
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("work_size", c_size_t),
         ("work_data", c_void_p),
         ("n_threads", c_int),
