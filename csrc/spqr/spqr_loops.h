@@ -62,6 +62,7 @@ struct Spqr {
   static constexpr int kStreamRows = V::kWidth == 16 ? 8 : V::kWidth == 8 ? 4 : 1;
   static constexpr int kRows = V::kWidth == 16 ? 12 : V::kWidth == 8 ? 4 : 1;  // divisors of kSpqrRowBlock
   static constexpr int kColumnTiles = V::kWidth == 16 ? 2 : 1;                 // tiles multiplied at once
+  static constexpr int64_t kTileSums = kSpqrStreamRows * kTileRows16;
   static constexpr int64_t kPanelTiles = 4, kPanelColumns = 256;
 
   struct F {
@@ -349,14 +350,11 @@ struct Spqr {
     });
   }
 
-  template <void (*kTile2)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
-            void (*kTile3)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
-            void (*kTile4)(const SpqrMatmul&, const SpqrInput&, int64_t, float*)>
-  static void stream_by(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
+  static void stream(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
     const SpqrWeight& w = p.w;
-    alignas(64) float sums[kSpqrStreamRows * kTileRows16];
+    alignas(64) float sums[kTileSums];
     for (int64_t tile = begin; tile < end; ++tile) {
-      (w.bits == 2 ? kTile2 : w.bits == 3 ? kTile3 : kTile4)(p, in, tile, sums);
+      (w.bits == 2 ? stream_tile<2> : w.bits == 3 ? stream_tile<3> : stream_tile<4>)(p, in, tile, sums);
       if (w.row_offsets)
         for (int64_t r = 0; r < kTileRows16 && tile * kTileRows16 + r < w.n; ++r)
           add_outliers(p, in, tile * kTileRows16 + r, sums + r);
@@ -523,7 +521,7 @@ struct Spqr {
                                    .panel_tiles = kPanelTiles,
                                    .panel_rows = kRows,
                                    .prepare = prepare,
-                                   .stream = stream_by<stream_tile<2>, stream_tile<3>, stream_tile<4>>,
+                                   .stream = stream,
                                    .multiply = multiply,
                                    .dequantize = dequantize};
 };
