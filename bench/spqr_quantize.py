@@ -24,8 +24,8 @@ from torch import Tensor
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _fit(low: Tensor, high: Tensor, most: float) -> tuple[Tensor, Tensor]:
-    far = torch.maximum(low, -high) > 16.0 * (high - low)
+def _fit(low: Tensor, high: Tensor, most: float, most_ranges: float) -> tuple[Tensor, Tensor]:
+    far = torch.maximum(low, -high) > most_ranges * (high - low)
     low, high = torch.where(far, low.clamp_max(0.0), low), torch.where(far, high.clamp_min(0.0), high)
     scale = (high - low) / most
     return scale, -low / scale.clamp_min(1e-9)
@@ -54,21 +54,22 @@ def torch_columns(
     codes, residual = torch.empty(n, k, dtype=torch.uint8), torch.zeros(n, k, dtype=torch.float16)
     error = torch.empty(n, k)
     statistics_of: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    far = 1.0 if scale_bits else 16.0
     others = ~torch.eye(group_size, dtype=torch.bool)
     diagonal = factor.diagonal()
     for begin in range(0, k, group_size):
         group, d = w[:, begin : begin + group_size], diagonal[begin : begin + group_size]
         low, high = group.amin(1), group.amax(1)
         if leave_one_out and threshold < float("inf"):
-            now = _loss(group, d, *(s[:, None] for s in _fit(low, high, most)), most)
+            now = _loss(group, d, *(s[:, None] for s in _fit(low, high, most, far)), most)
             without = group[:, None, :].masked_fill(~others, float("inf")).amin(2)
             up_to = group[:, None, :].masked_fill(~others, -float("inf")).amax(2)
-            then = _loss(group[:, None, :], d, *(s[..., None] for s in _fit(without, up_to, most)), most)
+            then = _loss(group[:, None, :], d, *(s[..., None] for s in _fit(without, up_to, most, far)), most)
             likely = now.sum(1, keepdim=True) - (then * others).sum(2) > threshold
             none = likely.all(1)
             low = torch.where(none, low, group.masked_fill(likely, float("inf")).amin(1))
             high = torch.where(none, high, group.masked_fill(likely, -float("inf")).amax(1))
-        scale, zero = _fit(low, high, most)
+        scale, zero = _fit(low, high, most, far)
         records = []
         for i, (values, width) in enumerate(((scale, scale_bits), (zero, zero_bits))):
             if not width:
@@ -133,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=None if Console().is_terminal else 140)
     for size in given.sizes:
         weight, hessian = layer(size)
-        for config in (SpQRConfig(3), SpQRConfig(3, outlier_fraction=0.01), SpQRConfig.gptq(4, 64)):
+        for config in (SpQRConfig(3), SpQRConfig.gptq(4, 64)):
             begin = time.perf_counter()
             factor = factorize(hessian, config.damping, config.act_order)
             seconds = time.perf_counter() - begin

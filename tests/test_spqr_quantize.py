@@ -238,6 +238,18 @@ def test_constant_groups_and_identical_rows_survive(generator):
             assert not out[20].any()
 
 
+def test_a_row_far_from_zero_spares_the_others(generator):
+    """Its zero point would be 100 times as far out as theirs, and is what two levels cannot code together."""
+    w = torch.randn(16, 32, generator=generator)
+    config = SpQRConfig(4, propagate=False, act_order=False, tau=math.inf)
+    alone = (quantize_weight(w, None, config).dequantize() - w).norm()
+    w[5] = 50.0 + 0.5 * torch.randn(32, generator=generator)
+    out = quantize_weight(w, None, config).dequantize() - w
+    assert float(out[5].abs().max()) < 0.06 * 50
+    out[5] = 0.0
+    assert float(out.norm()) < 4 * float(alone)
+
+
 def test_outliers_complete_the_dense_value(generator):
     """With tau 0 every weight that is not met exactly is an outlier, and what is left is the rounding to fp16."""
     w, x = layer(20, 64, generator)
@@ -282,7 +294,7 @@ def test_dead_inputs_have_weights_of_nearly_zero(generator):
     w[:, [3, 40]] = 2.0
     codes = quantize_weight(w, hessian_of(x), SpQRConfig(3))
     assert float(codes.dequantize()[:, [3, 40]].abs().max()) < 0.02
-    assert codes.error < 0.1
+    assert codes.error < 0.15
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**-20, 2.0**30])
