@@ -182,9 +182,9 @@ def quantize_model(
 
     Only modules whose type is exactly `torch.nn.Linear` are replaced: what a subclass adds would be lost. A module
     that appears under several names is converted once and stays shared. Left alone, and named in the report: layers in
-    `skip`, layers whose weight is also used elsewhere (a head tied to its embedding), layers with hooks, layers wider
-    than 131071. Everything is checked before anything is changed; then the layers are converted one by one, each
-    freed before the next.
+    `skip`, layers whose weight is also used elsewhere (a head tied to its embedding), layers with hooks, for int8
+    layers wider than 131071. Weights and settings are checked before anything is changed; then the layers are converted
+    one by one, each freed before the next.
 
     Args:
         model: weights fp32, fp16 or bf16, on any device.
