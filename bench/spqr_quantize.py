@@ -13,10 +13,11 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from octavo import reference
-from octavo.spqr import Hessian, SpQRCodes, SpQRConfig, factorize, quantize_weight
+from octavo import ops, reference
+from octavo.spqr import Hessian, SpQRConfig, factorize, quantize_weight
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -100,7 +101,7 @@ def torch_columns(
     return codes, torch.stack(statistics_of[0], 1), torch.stack(statistics_of[1], 1), second, residual, error
 
 
-def timed(call: Callable[[], SpQRCodes]) -> tuple[float, SpQRCodes]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     begin = time.perf_counter()
     result = call()
     return time.perf_counter() - begin, result
@@ -160,6 +161,32 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{same:.2%}",
                 )
     console.print(table)
+    console.print(one_block(given.sizes, given.rounds, given.threads))
+
+
+def one_block(sizes: list[int], rounds: int, threads: int) -> Table:
+    """The loop alone: 128 columns of the layer, without the products between blocks and the report of the error."""
+    table = Table(title=f"128 columns of it, {threads} threads, milliseconds: median (range)")
+    for heading in ("rows", "settings", "octavo", "PyTorch", "times octavo's"):
+        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    for size in sizes:
+        generator = torch.Generator().manual_seed(size)
+        weight = torch.randn(size, 128, generator=generator) * 1000
+        factor = torch.eye(128) + torch.randn(128, 128, generator=generator).triu(1) * 0.02
+        for text, arguments in (
+            ("3 bits, groups of 16 x 16", (2e5, 3, 16, 16, 3, 3)),
+            ("4 bits, groups of 64", (float("inf"), 4, 64)),
+        ):
+            share = float((ops.spqr_quantize_columns(weight, factor, *arguments)[4] != 0).float().mean())
+            loops = {"octavo": ops.spqr_quantize_columns, "PyTorch": torch_columns}
+            times: dict[str, list[float]] = {name: [] for name in loops}
+            for _ in range(rounds + 1):  # the first warms up
+                for name, loop in loops.items():
+                    times[name].append(timed(functools.partial(loop, weight, factor, *arguments))[0] * 1e3)
+            shown = [f"{statistics.median(t[1:]):.2f} ({min(t[1:]):.2f}-{max(t[1:]):.2f})" for t in times.values()]
+            ratio = statistics.median(times["PyTorch"][1:]) / statistics.median(times["octavo"][1:])
+            table.add_row(str(size), f"{text}, {share:.1%} outliers", *shown, f"{ratio:.0f}")
+    return table
 
 
 if __name__ == "__main__":
