@@ -351,7 +351,8 @@ struct Spqr {
 
   template <void (*kTile2)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
             void (*kTile3)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
-            void (*kTile4)(const SpqrMatmul&, const SpqrInput&, int64_t, float*)>
+            void (*kTile4)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
+            void (*kOutliers)(const SpqrMatmul&, const SpqrInput&, int64_t, float*) = add_outliers>
   static void stream_by(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
     const SpqrWeight& w = p.w;
     alignas(64) float sums[kSpqrStreamRows * kTileRows16];
@@ -359,7 +360,7 @@ struct Spqr {
       (w.bits == 2 ? kTile2 : w.bits == 3 ? kTile3 : kTile4)(p, in, tile, sums);
       if (w.row_offsets)
         for (int64_t r = 0; r < kTileRows16 && tile * kTileRows16 + r < w.n; ++r)
-          add_outliers(p, in, tile * kTileRows16 + r, sums + r);
+          kOutliers(p, in, tile * kTileRows16 + r, sums + r);
       finish(p, tile, sums);
     }
   }
