@@ -48,96 +48,212 @@ __attribute__((always_inline)) inline __m512i pair_index(const __m512i (&planes)
   }
 }
 
-template <int kBits, int kPair, int kEnd, class Each>
-__attribute__((always_inline)) inline void each_pair(const __m512i (&planes)[kBits], const Each& each) {
-  each(kPair, pair_index<kBits, kPair>(planes));
-  if constexpr (kPair + 1 < kEnd) each_pair<kBits, kPair + 1, kEnd>(planes, each);
+template <int kBits, int kTiles, int kPair, int kEnd, class Each>
+__attribute__((always_inline)) inline void each_pair(const __m512i (&planes)[kTiles][kBits], const Each& each) {
+  __m512i index[kTiles];
+#pragma GCC unroll 2
+  for (int t = 0; t < kTiles; ++t) index[t] = pair_index<kBits, kPair>(planes[t]);
+  each(kPair, index);
+  if constexpr (kPair + 1 < kEnd) each_pair<kBits, kTiles, kPair + 1, kEnd>(planes, each);
 }
 
-template <int kBits, int kBlock, int kCount, int kPlanes>
+// 0 ... 15 as the numbers that fields of `bits` bits mean, whatever is above them.
+inline __m512 field_table(int bits) {
+  return _mm512_cvtepi32_ps(_mm512_and_si512(Vec::lane_ids(), _mm512_set1_epi32((1 << bits) - 1)));
+}
+
+// With bilevel statistics s = ss * q + (-zs * ss) and z = sz * q' + (-zz * sz), q and q' being codes: a group's
+//   s * (dot - z * sum of x) = s * ((dot + zz * sz * sum) - q' * (sz * sum))
+// costs four instructions on top of looking up q and q', because the sum of products starts at zz * sz * sum.
+struct SecondOrder {
+  float ss, shift, sz, zz;  // shift: -zs * ss; zz: zz * sz
+};
+inline void load_second_order(const SpqrWeight& w, int64_t tile, int64_t group, int64_t count, SecondOrder* out) {
+  const Half* from = w.second_order + (tile * kTileRows16 / w.stats_group_size * spqr_groups(w) + group) * 4;
+  float* to = &out->ss;
+  for (int64_t i = 0; i < 4 * count; i += 16) {
+    const int left = static_cast<int>(4 * count - i < 16 ? 4 * count - i : 16);
+    const __m512 v = Vec::load(from + i, left);
+    const __m512 scales = _mm512_permute_ps(v, 0xa0);  // ss ss sz sz
+    const __m512 products = _mm512_mul_ps(v, scales);  // . zs*ss . zz*sz
+    const __m512 signs = _mm512_castsi512_ps(
+        _mm512_set_epi32(0, 0, static_cast<int>(0x80000000u), 0, 0, 0, static_cast<int>(0x80000000u), 0, 0, 0,
+                         static_cast<int>(0x80000000u), 0, 0, 0, static_cast<int>(0x80000000u), 0));
+    Vec::store(to + i, _mm512_mask_xor_ps(v, 0xaaaa, products, signs), left);
+  }
+}
+
+// Rows first ... first + kCount - 1 of x, which has kBlock rows, times kTiles tiles.
+template <int kBits, int kBlock, int kCount, int kTiles, int kPlanes, bool kBilevel>
 void stream_rows(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t first, float* sums) {
   const SpqrWeight& w = p.w;
-  const int64_t halves = w.k / 16;
-  const uint32_t* x = in.parts + first * kPlanes;
-  const float* x_sums = in.sums + first;
+  const int64_t groups = spqr_groups(w);
+  const int halves = w.group_size / 16, width = w.scale_bits + w.zero_bits;
   const __m512i table = code_table<kBits>();
-  // One row of x makes one chain of dependent products: two take turns.
-  constexpr int kChains = kCount * kPlanes < 4 ? 2 : 1;
-  // Sixteen rows of x: the sums over groups stay in memory, which is what registers do not suffice for.
-  __m512 dot[kCount][kChains];
-  float* const acc = sums + first * kTileRows16;
-#pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
-    _mm512_store_ps(acc + i * kTileRows16, _mm512_setzero_ps());
+  const __m512 scale_table = field_table(w.scale_bits), zero_table = field_table(w.zero_bits);
+  const __m128i scale_shift = _mm_cvtsi32_si128(w.scale_bits);
+  // Few rows of x make few chains of dependent products: then two take turns.
+  constexpr int kChains = kCount * kPlanes * kTiles < 4 ? 2 : 1;
+  // Beyond eight sums over groups, registers do not suffice for them.
+  constexpr bool kInMemory = kCount * kTiles > 8;
+  __m512 acc[kTiles][kCount], dot[kTiles][kCount][kChains];
+  sums += first * kTileRows16;
 #pragma GCC unroll 2
-    for (int c = 0; c < kChains; ++c) dot[i][c] = _mm512_setzero_ps();
-  }
-  const uint32_t* words = spqr_codes(w, tile, 0);
-  int64_t group = 0;
-  int left = w.group_size;
-  for (int64_t half = 0; half < halves; half += 2, words += kBits * kTileRows16) {
-    const uint32_t* pairs = x + half * (8 * kBlock * kPlanes);
-    __m512i planes[kBits];
-#pragma GCC unroll 4
-    for (int plane = 0; plane < kBits; ++plane) {
-      planes[plane] = _mm512_loadu_si512(words + plane * kTileRows16);
-      _mm_prefetch(reinterpret_cast<const char*>(words + plane * kTileRows16) + 4096, _MM_HINT_T0);
+  for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kInMemory)
+        _mm512_store_ps(sums + t * Plain::kTileSums + i * kTileRows16, _mm512_setzero_ps());
+      else
+        acc[t][i] = _mm512_setzero_ps();
     }
-    const auto each = [&](int e, __m512i index) __attribute__((always_inline)) {
-      const __m512i codes = _mm512_permutexvar_epi16(index, table);
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i)
+  constexpr int64_t kSome = 64;  // groups at a time
+  alignas(64) SecondOrder second[kTiles][kSome];
+  alignas(64) float of_x[kTiles][2][16];  // of one group and all rows of x: sz * sum, zz * sz * sum
+  const int64_t tile_words = spqr_chunks(w) * (kBits * kTileRows16), tile_records = groups * (2 * width);
+  const uint8_t* record = w.statistics + tile * tile_records;
+  const uint32_t* words = spqr_codes(w, tile, 0);
+  const uint32_t* pairs = in.parts + first * kPlanes;
+  const float* x_sums = in.sums + first;
+  int64_t half = 0;
+  for (int64_t group = 0; group < groups; ++group, record += 2 * width, x_sums += kBlock) {
 #pragma GCC unroll 2
-        for (int part = 0; part < kPlanes; ++part)
-          dot[i][e % kChains] =
-              dot_pairs(dot[i][e % kChains], codes, pair_of(pairs + (e * kBlock + i) * kPlanes + part));
-    };
-    const auto finish_half = [&]() __attribute__((always_inline)) {
-      left -= 16;
-      if (left > 0) return;
-      left = w.group_size;
-      const Plain::Statistics s = Plain::statistics(w, tile, group, 0);
+    for (int t = 0; t < kTiles; ++t) {
+      if constexpr (kBilevel) {
+        if (group % kSome == 0)
+          load_second_order(w, tile + t, group, groups - group < kSome ? groups - group : kSome, second[t]);
+        const SecondOrder& of_group = second[t][group % kSome];
+        const __m512 x = Vec::load(x_sums, kCount);
+        _mm512_store_ps(of_x[t][0], _mm512_mul_ps(x, _mm512_set1_ps(of_group.sz)));
+        _mm512_store_ps(of_x[t][1], _mm512_mul_ps(x, _mm512_set1_ps(of_group.zz)));
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) {
-        __m512 sum = dot[i][0];
-        if (kChains == 2) sum = _mm512_add_ps(sum, dot[i][kChains - 1]);
-        sum = _mm512_fnmadd_ps(s.zero.v[0], _mm512_set1_ps(x_sums[i]), sum);
-        float* to = acc + i * kTileRows16;
-        _mm512_store_ps(to, _mm512_fmadd_ps(s.scale.v[0], sum, _mm512_load_ps(to)));
-#pragma GCC unroll 2
-        for (int c = 0; c < kChains; ++c) dot[i][c] = _mm512_setzero_ps();
+        dot[t][i][0] = kBilevel ? _mm512_set1_ps(of_x[t][1][i]) : _mm512_setzero_ps();
+        if constexpr (kChains == 2) dot[t][i][1] = _mm512_setzero_ps();
       }
-      x_sums += kBlock;
-      ++group;
-    };
-    each_pair<kBits, 0, 8>(planes, each);
-    finish_half();
-    if (half + 1 < halves) {
-      each_pair<kBits, 8, 16>(planes, each);
-      finish_half();
+    }
+    for (int h = 0; h < halves; ++h, ++half, pairs += 8 * kBlock * kPlanes) {
+      __m512i planes[kTiles][kBits];
+#pragma GCC unroll 2
+      for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 4
+        for (int plane = 0; plane < kBits; ++plane) {
+          const uint32_t* from = words + t * tile_words + plane * kTileRows16;
+          planes[t][plane] = _mm512_loadu_si512(from);
+          _mm_prefetch(reinterpret_cast<const char*>(from) + 4096, _MM_HINT_T0);
+        }
+      const auto each = [&](int e, const __m512i(&index)[kTiles]) __attribute__((always_inline)) {
+        __m512i codes[kTiles];
+#pragma GCC unroll 2
+        for (int t = 0; t < kTiles; ++t) codes[t] = _mm512_permutexvar_epi16(index[t], table);
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 2
+          for (int part = 0; part < kPlanes; ++part) {
+            const __m512i x = pair_of(pairs + (e % 8 * kBlock + i) * kPlanes + part);
+#pragma GCC unroll 2
+            for (int t = 0; t < kTiles; ++t) dot[t][i][e % kChains] = dot_pairs(dot[t][i][e % kChains], codes[t], x);
+          }
+      };
+      if (half % 2 == 0) {
+        each_pair<kBits, kTiles, 0, 8>(planes, each);
+      } else {
+        each_pair<kBits, kTiles, 8, 16>(planes, each);
+        words += kBits * kTileRows16;
+      }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t) {
+      __m512 scale, zero;
+      if constexpr (kBilevel) {
+        const SecondOrder& of_group = second[t][group % kSome];
+        const __m512i fields = SpqrVec::bit_fields(record + t * tile_records, width, 0);
+        scale = _mm512_fmadd_ps(_mm512_permutexvar_ps(fields, scale_table), _mm512_set1_ps(of_group.ss),
+                                _mm512_set1_ps(of_group.shift));
+        zero = _mm512_permutexvar_ps(_mm512_srl_epi32(fields, scale_shift), zero_table);
+      } else {
+        const Plain::Statistics s = Plain::statistics(w, tile + t, group, 0);
+        scale = s.scale.v[0], zero = s.zero.v[0];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) {
+        __m512 sum = dot[t][i][0];
+        if constexpr (kChains == 2) sum = _mm512_add_ps(sum, dot[t][i][1]);
+        sum = _mm512_fnmadd_ps(zero, _mm512_set1_ps(kBilevel ? of_x[t][0][i] : x_sums[i]), sum);
+        if constexpr (kInMemory) {
+          float* to = sums + t * Plain::kTileSums + i * kTileRows16;
+          _mm512_store_ps(to, _mm512_fmadd_ps(scale, sum, _mm512_load_ps(to)));
+        } else {
+          acc[t][i] = _mm512_fmadd_ps(scale, sum, acc[t][i]);
+        }
+      }
+    }
+  }
+  if constexpr (!kInMemory)
+#pragma GCC unroll 2
+    for (int t = 0; t < kTiles; ++t)
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) _mm512_store_ps(sums + t * Plain::kTileSums + i * kTileRows16, acc[t][i]);
+}
+
+// Eight rows of x at a time, times two tiles: each pair of x, broadcast once, then serves twice.
+template <int kBits, int kBlock, int kPlanes, bool kBilevel>
+void stream_block(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t tiles, float* sums) {
+  constexpr int kCount = kBlock < 8 ? kBlock : 8;
+  for (int64_t i = 0; i < p.m; i += kCount) {
+    if (kCount == 8 && tiles == 2) {
+      stream_rows<kBits, kBlock, kCount, 2, kPlanes, kBilevel>(p, in, tile, i, sums);
+    } else {
+      for (int64_t t = 0; t < tiles; ++t)
+        stream_rows<kBits, kBlock, kCount, 1, kPlanes, kBilevel>(p, in, tile + t, i, sums + t * Plain::kTileSums);
     }
   }
 }
 
-template <int kBits, int kPlanes>
-void stream_planes(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, float* sums) {
+template <int kBits, int kPlanes, bool kBilevel>
+void stream_planes(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t tiles, float* sums) {
   switch (in.block) {
-    case 1: return stream_rows<kBits, 1, 1, kPlanes>(p, in, tile, 0, sums);
-    case 2: return stream_rows<kBits, 2, 2, kPlanes>(p, in, tile, 0, sums);
-    case 4: return stream_rows<kBits, 4, 4, kPlanes>(p, in, tile, 0, sums);
-    case 8: return stream_rows<kBits, 8, 8, kPlanes>(p, in, tile, 0, sums);
-    default: return stream_rows<kBits, 16, 16, kPlanes>(p, in, tile, 0, sums);
+    case 1: return stream_block<kBits, 1, kPlanes, kBilevel>(p, in, tile, tiles, sums);
+    case 2: return stream_block<kBits, 2, kPlanes, kBilevel>(p, in, tile, tiles, sums);
+    case 4: return stream_block<kBits, 4, kPlanes, kBilevel>(p, in, tile, tiles, sums);
+    case 8: return stream_block<kBits, 8, kPlanes, kBilevel>(p, in, tile, tiles, sums);
+    default: return stream_block<kBits, 16, kPlanes, kBilevel>(p, in, tile, tiles, sums);
   }
 }
 
 template <int kBits>
-void stream_tile(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, float* sums) {
+void stream_tiles(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t tiles, float* sums) {
   if (in.planes == 0)
-    Plain::stream_tile<kBits>(p, in, tile, sums);
+    Plain::stream_tiles<kBits>(p, in, tile, tiles, sums);
   else if (in.planes == 1)
-    stream_planes<kBits, 1>(p, in, tile, sums);
+    (p.w.second_order ? stream_planes<kBits, 1, true> : stream_planes<kBits, 1, false>)(p, in, tile, tiles, sums);
   else
-    stream_planes<kBits, 2>(p, in, tile, sums);
+    (p.w.second_order ? stream_planes<kBits, 2, true> : stream_planes<kBits, 2, false>)(p, in, tile, tiles, sums);
+}
+
+// The outliers of one row times rows of bf16 x: the 16 rows of a pair of columns are one line of its parts.
+void add_outliers(const SpqrMatmul& p, const SpqrInput& in, int64_t row, float* sums) {
+  const SpqrWeight& w = p.w;
+  if (in.planes != 1 || in.block == 1 || w.wide) return Plain::add_outliers(p, in, row, sums);
+  const int lanes = static_cast<int>(in.block);
+  __m512 acc[4];
+  for (__m512& sum : acc) sum = _mm512_setzero_ps();
+  for (int64_t e0 = w.row_offsets[row], end = w.row_offsets[row + 1]; e0 < end; e0 += 16) {
+    const int count = static_cast<int>(end - e0 < 16 ? end - e0 : 16);
+    alignas(64) float values[16];
+    _mm512_store_ps(values, SpqrVec::high_halves(Vec::load_bits(w.outliers + e0, count)));
+    for (int e = 0; e < count; ++e) {
+      const uint32_t column = w.outliers[e0 + e] & 0xffffu;
+      const __m512i line = Vec::load_bits(in.parts + column / 2 * in.block, lanes);
+      const __m512i shifted = _mm512_sll_epi32(line, _mm_cvtsi32_si128(column % 2 ? 0 : 16));
+      const __m512 x = _mm512_castsi512_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+      acc[e % 4] = _mm512_fmadd_ps(_mm512_set1_ps(values[e]), x, acc[e % 4]);
+    }
+  }
+  alignas(64) float of_row[16];
+  _mm512_store_ps(of_row, _mm512_add_ps(_mm512_add_ps(acc[0], acc[2]), _mm512_add_ps(acc[1], acc[3])));
+  for (int64_t i = 0; i < p.m; ++i) sums[i * kTileRows16] += of_row[i];
 }
 
 // ---- many rows of bf16 x ----
@@ -207,16 +323,17 @@ void multiply(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t ro
 
 }  // namespace
 
-constexpr SpqrLoops spqr_bf16_loops{.parts_of_half = 2,
-                                    .parts_of_bfloat16 = 1,
-                                    .bfloat16_panels = true,
-                                    .tiled = false,
-                                    .panel_tiles = kPanelTiles,
-                                    .panel_rows = kRows,
-                                    .prepare = Plain::prepare,
-                                    .stream = Plain::stream_by<stream_tile<2>, stream_tile<3>, stream_tile<4>>,
-                                    .multiply = multiply,
-                                    .dequantize = Plain::dequantize};
+constexpr SpqrLoops spqr_bf16_loops{
+    .parts_of_half = 2,
+    .parts_of_bfloat16 = 1,
+    .bfloat16_panels = true,
+    .tiled = false,
+    .panel_tiles = kPanelTiles,
+    .panel_rows = kRows,
+    .prepare = Plain::prepare,
+    .stream = Plain::stream_by<stream_tiles<2>, stream_tiles<3>, stream_tiles<4>, add_outliers>,
+    .multiply = multiply,
+    .dequantize = Plain::dequantize};
 static_assert(kRows == Plain::kRows);  // one form of x for both kinds of panels
 
 }  // namespace octavo::cpu::avx512

@@ -50,7 +50,9 @@ int64_t lay_out(const SpqrMatmul& p, const SpqrLoops& l, uintptr_t base, SpqrInp
   in.rows = ceil_div(p.m, in.block) * in.block;
   const int64_t elements = in.rows * in.columns;
   if (in.planes) in.parts = reinterpret_cast<uint32_t*>(take(elements / 2 * in.planes * sizeof(uint32_t)));
-  if (!in.planes || (streaming && p.w.row_offsets)) in.x = reinterpret_cast<float*>(take(elements * sizeof(float)));
+  // Outliers read x in fp32, or, where one plane is all of it and they meet several rows, that.
+  const bool outliers_need_x = streaming && p.w.row_offsets && (in.planes != 1 || p.m == 1 || p.w.wide);
+  if (!in.planes || outliers_need_x) in.x = reinterpret_cast<float*>(take(elements * sizeof(float)));
   if (streaming) in.sums = reinterpret_cast<float*>(take(in.rows * spqr_groups(p.w) * sizeof(float)));
   return bytes;
 }

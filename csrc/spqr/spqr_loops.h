@@ -62,6 +62,7 @@ struct Spqr {
   static constexpr int kStreamRows = V::kWidth == 16 ? 8 : V::kWidth == 8 ? 4 : 1;
   static constexpr int kRows = V::kWidth == 16 ? 12 : V::kWidth == 8 ? 4 : 1;  // divisors of kSpqrRowBlock
   static constexpr int kColumnTiles = V::kWidth == 16 ? 2 : 1;                 // tiles multiplied at once
+  static constexpr int64_t kTileSums = kSpqrStreamRows * kTileRows16;
   static constexpr int64_t kPanelTiles = 4, kPanelColumns = 256;
 
   struct F {
@@ -282,6 +283,11 @@ struct Spqr {
       default: return stream_block<kBits, 16>(p, in, tile, sums);
     }
   }
+  // sums[tile][row of x][row of the tile] of one or two tiles.
+  template <int kBits>
+  static void stream_tiles(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t tiles, float* sums) {
+    for (int64_t t = 0; t < tiles; ++t) stream_tile<kBits>(p, in, tile + t, sums + t * kTileSums);
+  }
 
   // The outliers of one row times up to 16 rows of x: sums[i * 16].
   static void add_outliers(const SpqrMatmul& p, const SpqrInput& in, int64_t row, float* sums) {
@@ -349,18 +355,21 @@ struct Spqr {
     });
   }
 
-  template <void (*kTile2)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
-            void (*kTile3)(const SpqrMatmul&, const SpqrInput&, int64_t, float*),
-            void (*kTile4)(const SpqrMatmul&, const SpqrInput&, int64_t, float*)>
+  using StreamTiles = void (*)(const SpqrMatmul&, const SpqrInput&, int64_t tile, int64_t tiles, float* sums);
+  using AddOutliers = void (*)(const SpqrMatmul&, const SpqrInput&, int64_t row, float* sums);
+  template <StreamTiles k2Bits, StreamTiles k3Bits, StreamTiles k4Bits, AddOutliers kAddOutliers>
   static void stream_by(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
     const SpqrWeight& w = p.w;
-    alignas(64) float sums[kSpqrStreamRows * kTileRows16];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      (w.bits == 2 ? kTile2 : w.bits == 3 ? kTile3 : kTile4)(p, in, tile, sums);
+    alignas(64) float sums[2 * kTileSums];
+    for (int64_t tile = begin; tile < end; tile += 2) {
+      const int64_t tiles = end - tile < 2 ? 1 : 2;
+      (w.bits == 2 ? k2Bits : w.bits == 3 ? k3Bits : k4Bits)(p, in, tile, tiles, sums);
+      const int64_t first = tile * kTileRows16,
+                    rows = w.n - first < tiles * kTileRows16 ? w.n - first : tiles * kTileRows16;
       if (w.row_offsets)
-        for (int64_t r = 0; r < kTileRows16 && tile * kTileRows16 + r < w.n; ++r)
-          add_outliers(p, in, tile * kTileRows16 + r, sums + r);
-      finish(p, tile, sums);
+        for (int64_t r = 0; r < rows; ++r)
+          kAddOutliers(p, in, first + r, sums + r / kTileRows16 * kTileSums + r % kTileRows16);
+      for (int64_t t = 0; t < tiles; ++t) finish(p, tile + t, sums + t * kTileSums);
     }
   }
 
@@ -523,7 +532,7 @@ struct Spqr {
                                    .panel_tiles = kPanelTiles,
                                    .panel_rows = kRows,
                                    .prepare = prepare,
-                                   .stream = stream_by<stream_tile<2>, stream_tile<3>, stream_tile<4>>,
+                                   .stream = stream_by<stream_tiles<2>, stream_tiles<3>, stream_tiles<4>, add_outliers>,
                                    .multiply = multiply,
                                    .dequantize = dequantize};
 };

@@ -43,7 +43,8 @@ def unpack_codes(words: Tensor, n: int, k: int) -> Tensor:
     per_word, mask = 16 // bits, (1 << bits) - 1
     pairs = [halves[:, :, e // per_word] >> (e % per_word * bits) & mask for e in range(bits * per_word)]
     if bits == 3:
-        pairs.append(sum((halves[:, :, bit] >> 15) << bit for bit in range(3)))
+        top = halves >> 15
+        pairs.append(top[:, :, 0] | top[:, :, 1] << 1 | top[:, :, 2] << 2)
     codes = torch.stack(pairs, 2).permute(0, 3, 1, 2, 4)  # tile, row, chunk, pair, parity
     return codes.reshape(tiles * _ROWS, chunks * _COLUMNS)[:n, :k].to(torch.uint8)
 

@@ -83,12 +83,14 @@ class SpQRWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [n, k] that `octavo.spqr_matmul` multiplies by, rounded once to `dtype`."""
         sizes = (self.group_size, self.stats_group_size, self.scale_bits, self.zero_bits)
-        return ops_spqr.spqr_dequantize(*self.arguments(), self.n, self.k, dtype, *sizes)
+        arguments = (*self.arguments(), self.n, self.k, dtype, *sizes)
+        return ops_spqr.spqr_dequantize(*arguments)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SpQRWeight:
         """The same weight with `function` applied to each tensor, for moves between devices."""
         tensors: dict[str, Any] = {name: getattr(self, name) for name in TENSORS}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items() if tensor is not None})
+        moved: dict[str, Any] = {name: function(tensor) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
     def to(self, device: torch.device | str) -> SpQRWeight:
         return self.map(lambda tensor: tensor.to(device))
