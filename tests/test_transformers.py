@@ -12,7 +12,7 @@ pytest.importorskip("accelerate")
 
 from octavo import load_quantized, quantize_model, reference, save_quantized  # noqa: E402
 from octavo.integrations.transformers import OctavoConfig, mark_quantized  # noqa: E402
-from octavo.models import find_source, load_model  # noqa: E402
+from octavo.models import find_source, load_model, quantize_to_directory  # noqa: E402
 from octavo.nn import Int8Linear, SpQRLinear  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -403,6 +403,9 @@ def test_spqr_octavo_directory_is_built_from_its_configuration(tmp_path):
 def test_spqr_is_not_made_while_loading(source):
     with pytest.raises(ValueError, match=r"SpQR needs calibration data.*octavo\.quantize_model\(model, method='spqr'"):
         Auto.from_pretrained(source, quantization_config=OctavoConfig("spqr"))
+    with pytest.raises(ValueError, match=r"SpQR needs calibration data: octavo\.quantize_model"):
+        quantize_to_directory(find_source(source), source.parent / "spqr", "spqr")
+    assert not (source.parent / "spqr").exists()
 
 
 def test_mark_quantized_checks_the_options():

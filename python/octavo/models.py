@@ -159,6 +159,8 @@ def quantize_to_directory(
     if source.quantization is not None:
         made = f"{source.path} is quantized already ({source.quantization})"
         raise ModelError(f"{made}; give the model that it was made from")
+    if method == "spqr":
+        raise ValueError("SpQR needs calibration data: octavo.quantize_model(model, method='spqr', calibration=...)")
     _transformers()
     from ._kinds import MODULES
     from .integrations.transformers import OctavoConfig, mark_quantized

@@ -46,9 +46,9 @@ class _Parts:
         ss, zs, sz, zz = second.unbind(-1)
         return (scales - zs) * ss, (zeros - zz) * sz
 
-    def dense(self, scales: Tensor, zeros: Tensor) -> Tensor:
-        scales, zeros = (t.repeat_interleave(self.group_size, 1) for t in (scales, zeros))
-        return scales * (self.codes.float() - zeros)
+    def bound(self, scales: Tensor, zeros: Tensor) -> Tensor:
+        """No code gives more than this, [n, groups]."""
+        return scales.abs() * torch.maximum(zeros.abs(), (2**self.bits - 1 - zeros).abs())
 
 
 def _fp16(what: str, values: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def _pack(p: _Parts) -> SpQRWeight:
     whole = p.statistics(p.second_order, p.scales, p.zeros)
     if not all(bool(t.isfinite().all()) for t in (*whole, p.values)):
         raise ValueError("scales, zero points or outliers are NaN or Inf")
-    tops = [t.abs().max().item() for t in (p.dense(*whole), p.values) if t.numel()]
+    tops = [t.abs().max().item() for t in (p.bound(*whole), p.values) if t.numel()]
     scales = p.scales if p.second_order is None else p.second_order[..., 0]
     nonzero = scales.abs()[scales != 0]
     unit = _unit(max(tops, default=0.0), nonzero.min().item() if nonzero.numel() else 0.0)
@@ -88,8 +88,8 @@ def _pack(p: _Parts) -> SpQRWeight:
         scales, zeros = p.scales, p.zeros
     order = (p.rows * k + p.columns).argsort()
     rows, columns = p.rows[order], p.columns[order]
-    dense = p.dense(*p.statistics(second, scales, zeros))
-    missing = p.values[order].double() / unit - dense[rows, columns].double()
+    s, z = (t[rows, columns // p.group_size] for t in p.statistics(second, scales, zeros))
+    missing = p.values[order].double() / unit - (s * (p.codes[rows, columns].float() - z)).double()
     offsets = torch.zeros(n + 1, dtype=torch.int32)
     offsets[1:] = torch.bincount(rows, minlength=n).cumsum(0)
     codes = SpQRCodes(
@@ -272,8 +272,7 @@ def import_compressed_layer(
     if bool((words >> 62 != 0).any()):
         raise ValueError(f"dense_weights: bits 62 and 63 of word {int((words >> 62 != 0).nonzero()[0])} are not 0")
     words = words.view(n // _TILE, k // _TILE, _TILE)
-    lanes = torch.arange(_TILE)
-    codes = (words[..., None] >> (6 + 3 * lanes)) & 7
+    codes = torch.stack([(words >> (6 + 3 * lane) & 7).to(torch.uint8) for lane in range(_TILE)], -1)
     scales, zeros = ((words >> shift & 7).permute(0, 2, 1).reshape(n, -1) for shift in (0, 3))
     fragments = (words >> 54 & 0xFF).to(torch.uint8)
     if not torch.equal(fragments[..., 0::2], fragments[..., 1::2]):
