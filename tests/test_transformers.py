@@ -386,6 +386,21 @@ def test_spqr_disk_offload(spqr_saved, tmp_path, offload_buffers):
         assert torch.equal(logits(offloaded), logits(spqr_model()))
 
 
+def test_layers_that_share_a_tensor_are_saved_apart(tmp_path):
+    """Layers with one input are quantized in one order, and may hold one permutation."""
+    model = spqr_model()
+    attention = [block.self_attn for block in model.model.layers]
+    for layer in attention:
+        layer.k_proj.perm = layer.q_proj.perm
+        layer.k_proj.unit = layer.q_proj.unit
+    expected = logits(model)
+    mark_quantized(model, OctavoConfig("spqr", threshold=3.0, **SPQR))
+    model.save_pretrained(tmp_path / "shared")
+    again = Auto.from_pretrained(tmp_path / "shared")
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(again.model.layers[0].self_attn.k_proj.perm, attention[0].q_proj.perm)
+
+
 def test_spqr_dequantize(spqr_saved):
     model = Auto.from_pretrained(spqr_saved)
     exact = logits(model)

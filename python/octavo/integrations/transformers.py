@@ -191,11 +191,24 @@ def mark_quantized(model: Any, config: OctavoConfig) -> None:
         if isinstance(layer, SpQRLinear) and (config.method != "spqr" or layer.options != config.options):
             options = ", ".join(f"{key}={value}" for key, value in layer.options._asdict().items())
             raise ValueError(f"{name} needs OctavoConfig(method='spqr', {options}), got {config.to_dict()}")
+    _unshare(model)
     quantizer = OctavoQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
+
+
+def _unshare(model: nn.Module) -> None:
+    """Give layers that hold one tensor together (a permutation, say) one each: transformers does not save it else."""
+    seen: set[tuple[torch.device, int]] = set()
+    for _, layer in _quantized_layers(model):
+        for name, buffer in layer._buffers.items():
+            if buffer is not None and buffer.numel() and not buffer.is_meta:
+                place = (buffer.device, buffer.untyped_storage().data_ptr())
+                if place in seen:
+                    layer._buffers[name] = buffer.clone()
+                seen.add(place)
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
