@@ -367,6 +367,17 @@ def test_spqr_round_trip(tmp_path, mixed, target):
     assert torch.equal(loaded.eval()(IDS), model(IDS))
 
 
+def test_a_tensor_of_two_layers_is_stored_once(tmp_path):
+    model = spqr_model()
+    model.down.unit = model.up.unit
+    octavo.save_quantized(model, tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "octavo.safetensors").keys()
+    assert sum(name.endswith(".unit") for name in names) == 1
+    loaded = octavo.load_quantized(tmp_path / "saved", Wide)
+    assert loaded.down.unit is loaded.up.unit
+    assert_same_model(loaded, model)
+
+
 def test_directories_of_before_spqr_are_read(saved):
     reseal(saved, lambda m: [config.pop("method") for config in m["modules"].values()] and None)
     assert_same_model(octavo.load_quantized(saved, Model), quantized())

@@ -16,6 +16,7 @@ from spqr_weights import random_weight
 from test_optim_distributed import in_two_processes
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = list(ROUNDOFF)
@@ -104,6 +105,23 @@ def test_only_what_is_needed_is_computed_and_kept():
     kept = {t.data_ptr() for t in saved}
     assert kept == {t.data_ptr() for t in weight.arguments()}  # not x
     assert torch.equal(bias.grad, torch.full((20,), 3.0))
+
+
+def test_the_backward_pass_dequantizes_once_and_holds_nothing_more():
+    weight = random_weight(256, 512, unit=2.0**-9)
+    large: list[tuple[str, int]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.nbytes >= 256 * 512:
+                large.append((str(func), out.nbytes))
+            return out
+
+    x = torch.randn(8, 512, dtype=torch.bfloat16, requires_grad=True)
+    with Watch():
+        octavo.spqr_matmul(x, weight).sum().backward()
+    assert large == [("octavo.spqr_dequantize.default", 2 * 256 * 512)]
 
 
 def test_autocast():

@@ -10,11 +10,13 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from octavo import quantize_model, reference  # noqa: E402
+from octavo import load_quantized, quantize_model, reference, save_quantized  # noqa: E402
 from octavo.integrations.transformers import OctavoConfig, mark_quantized  # noqa: E402
-from octavo.nn import Int8Linear  # noqa: E402
+from octavo.models import find_source, load_model, quantize_to_directory  # noqa: E402
+from octavo.nn import Int8Linear, SpQRLinear  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from spqr_weights import random_weight  # noqa: E402
 
 Auto = transformers.AutoModelForCausalLM
 
@@ -205,6 +207,8 @@ def test_automatic_map_counts_int8_bytes(source, tmp_path):
         ({"threshold": float("nan")}, "got nan"),
         ({"format_version": 9}, "format_version 9: this octavo reads 1"),
         ({"treshold": 6.0}, "OctavoConfig has no treshold"),
+        ({"method": "spqr", "bits": 5}, "bits must be 2, 3 or 4, got 5"),
+        ({"bits": 4, "zero_bits": 2}, "bits, zero_bits: for method 'spqr', not 'int8'"),
     ],
 )
 def test_config_refuses(arguments, message):
@@ -216,6 +220,11 @@ def test_config_round_trip():
     config = OctavoConfig(threshold=4.0, skip="lm_head")
     assert OctavoConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
     assert config.skip == ["lm_head"]
+    assert "bits" not in config.to_dict()  # an octavo of before SpQR reads it
+    spqr = OctavoConfig("spqr", bits=4, stats_group_size=32)
+    again = OctavoConfig.from_dict(json.loads(spqr.to_json_string()))
+    assert again.to_dict() == spqr.to_dict()
+    assert again.options == spqr.options == (4, 16, 32, 3, 3)
 
 
 def test_nothing_to_quantize(source):
@@ -303,3 +312,143 @@ def test_saved_names_are_the_documented_ones(saved):
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         leaves = {key.removeprefix(f"{NAME}.") for key in file.keys() if key.startswith(NAME)}  # noqa: SIM118
     assert leaves == {"weight", "weight_scale"}
+
+
+# ---- SpQR ----------------------------------------------------------------------------------------------------------
+
+SPQR = {"bits": 4, "group_size": 32, "stats_group_size": 48, "scale_bits": 2, "zero_bits": 4}
+KINDS = {"q_proj": {}, "k_proj": {"perm": False}, "up_proj": {"bilevel": False}, "down_proj": {"outliers": 0.0}}
+
+
+def spqr_model(dtype=torch.float32):
+    """Every form of layer, int8 and unquantized ones too."""
+    model = make(dtype)
+    for index, block in enumerate(model.model.layers):
+        for parent in (block.self_attn, block.mlp):
+            for name, linear in list(parent.named_children()):
+                if name in KINDS:
+                    sizes = (linear.out_features, linear.in_features)
+                    weight = random_weight(*sizes, **{**SPQR, "unit": 2.0**-15, "seed": index, **KINDS[name]})
+                    setattr(parent, name, SpQRLinear.from_weight(weight, linear.bias).eval())
+                elif name == "v_proj":
+                    parent.v_proj = Int8Linear.from_linear(linear, threshold=3.0)
+    return model
+
+
+def spqr_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, SpQRLinear)}
+
+
+@pytest.fixture
+def spqr_saved(tmp_path):
+    model = spqr_model()
+    mark_quantized(model, OctavoConfig("spqr", threshold=3.0, **SPQR))
+    model.save_pretrained(tmp_path / "spqr")
+    return tmp_path / "spqr"
+
+
+def test_spqr_saves_and_loads(spqr_saved, tmp_path):
+    model, again = spqr_model(), Auto.from_pretrained(spqr_saved)
+    assert len(spqr_layers(again)) == 8
+    assert set(layers(again)) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
+    assert type(again.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    old, new = model.state_dict(), again.state_dict()
+    assert old.keys() == new.keys()
+    for name in old:
+        assert old[name].dtype is new[name].dtype
+        assert torch.equal(old[name], new[name]), name
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "twice", max_shard_size="20KB")
+    assert len(list((tmp_path / "twice").glob("*.safetensors"))) > 2
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "twice")), logits(model))
+    base = transformers.AutoModel.from_pretrained(spqr_saved)
+    assert len(spqr_layers(base)) == 8
+    assert torch.equal(logits(load_model(find_source(spqr_saved))), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_spqr_in_another_dtype_keeps_its_statistics(spqr_saved, dtype):
+    half = Auto.from_pretrained(spqr_saved, dtype=dtype)
+    layer, original = half.model.layers[0].self_attn.q_proj, spqr_model().model.layers[0].self_attn.q_proj
+    assert layer.second_order.dtype is torch.float16
+    for name, buffer in original.named_buffers():
+        assert torch.equal(getattr(layer, name), buffer), name
+    assert layer.bias.dtype is dtype
+    assert logits(half).dtype is dtype
+
+
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_spqr_disk_offload(spqr_saved, tmp_path, offload_buffers):
+    keywords = {"device_map": MAP, "offload_folder": tmp_path / "disk", "offload_buffers": offload_buffers}
+    offloaded = Auto.from_pretrained(spqr_saved, **keywords)
+    assert offloaded.model.layers[1].mlp.up_proj.codes.is_meta == offload_buffers
+    for _ in range(2):
+        assert torch.equal(logits(offloaded), logits(spqr_model()))
+
+
+def test_layers_that_share_a_tensor_are_saved_apart(tmp_path):
+    """Layers with one input are quantized in one order, and may hold one permutation."""
+    model = spqr_model()
+    attention = [block.self_attn for block in model.model.layers]
+    for layer in attention:
+        layer.k_proj.perm = layer.q_proj.perm
+        layer.k_proj.unit = layer.q_proj.unit
+    expected = logits(model)
+    mark_quantized(model, OctavoConfig("spqr", threshold=3.0, **SPQR))
+    model.save_pretrained(tmp_path / "shared")
+    again = Auto.from_pretrained(tmp_path / "shared")
+    assert torch.equal(logits(again), expected)
+    assert torch.equal(again.model.layers[0].self_attn.k_proj.perm, attention[0].q_proj.perm)
+
+
+def test_spqr_dequantize(spqr_saved):
+    model = Auto.from_pretrained(spqr_saved)
+    exact = logits(model)
+    plain = model.dequantize()
+    assert not spqr_layers(plain)
+    assert torch.allclose(logits(plain), exact, atol=0.02)
+
+
+def test_spqr_octavo_directory_is_built_from_its_configuration(tmp_path):
+    model = spqr_model()
+    save_quantized(model, tmp_path / "saved")
+    assert torch.equal(logits(load_quantized(tmp_path / "saved")), logits(model))
+
+
+def test_spqr_is_not_made_while_loading(source):
+    with pytest.raises(ValueError, match=r"SpQR needs calibration data.*octavo\.quantize_model\(model, method='spqr'"):
+        Auto.from_pretrained(source, quantization_config=OctavoConfig("spqr"))
+    with pytest.raises(ValueError, match=r"SpQR needs calibration data: octavo\.quantize_model"):
+        quantize_to_directory(find_source(source), source.parent / "spqr", "spqr")
+    assert not (source.parent / "spqr").exists()
+
+
+def test_mark_quantized_checks_the_options():
+    model = spqr_model()
+    for config in (OctavoConfig(), OctavoConfig("spqr")):
+        with pytest.raises(ValueError, match=r"q_proj needs OctavoConfig\(method='spqr', bits=4, group_size=32"):
+            mark_quantized(model, config)
+    assert not hasattr(model, "hf_quantizer")
+
+
+NAN = torch.full((2, 2, 4), torch.nan).half()
+SPQR_NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{SPQR_NAME}.unit"), f"{SPQR_NAME}: unit missing beside codes, statistics, second_order"),
+        (lambda t: t.pop(f"{SPQR_NAME}.codes"), f"the checkpoint has no {SPQR_NAME}.codes or {SPQR_NAME}.weight"),
+        (lambda t: t.pop(f"{SPQR_NAME}.bias"), f"the checkpoint has no {SPQR_NAME}.bias"),
+        (lambda t: t.update({f"{SPQR_NAME}.second_order": NAN}), "q_proj: 16 of 16 scales and zero points are NaN"),
+        (lambda t: t[f"{SPQR_NAME}.row_offsets"].__setitem__(3, -1), "q_proj: row_offsets decrease at row 2"),
+        (lambda t: t.update({f"{SPQR_NAME}.codes": torch.zeros(4, 2, 3, 16).int()}), r"q_proj: codes must be int32 .*"),
+    ],
+)
+def test_damaged_spqr_tensors(spqr_saved, change, message):
+    tensors = load_file(spqr_saved / "model.safetensors")
+    change(tensors)
+    save_file(tensors, spqr_saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        Auto.from_pretrained(spqr_saved)

@@ -159,9 +159,11 @@ def quantize_to_directory(
     if source.quantization is not None:
         made = f"{source.path} is quantized already ({source.quantization})"
         raise ModelError(f"{made}; give the model that it was made from")
+    if method == "spqr":
+        raise ValueError("SpQR needs calibration data: octavo.quantize_model(model, method='spqr', calibration=...)")
     _transformers()
+    from ._kinds import MODULES
     from .integrations.transformers import OctavoConfig, mark_quantized
-    from .nn import Int8Linear
 
     config = OctavoConfig(method, threshold, skip)
     with new_directory(target) as path:
@@ -176,7 +178,7 @@ def quantize_to_directory(
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
         bytes_after = find_source(path).bytes
-    layers = sum(isinstance(module, Int8Linear) for module in model.modules())
+    layers = sum(isinstance(module, MODULES) for module in model.modules())
     return {"layers": layers, "bytes_before": source.bytes, "bytes_after": bytes_after}
 
 

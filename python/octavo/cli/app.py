@@ -188,7 +188,8 @@ def evaluate_(
         int | None, typer.Option(min=1, metavar="N", show_default="all", help="Only the first N windows.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(callback=_known_dtype, help="auto (as stored), fp32, bf16 or fp16, for what is not int8.")
+        str,
+        typer.Option(callback=_known_dtype, help="auto (as stored), fp32, bf16 or fp16, for what is not quantized."),
     ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     threads: Threads = None,
