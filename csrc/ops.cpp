@@ -36,6 +36,11 @@ static void define_ops(Library& m) {
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor absmax, ScalarType dtype, int blocksize=256, bool signed=True, "
       "Tensor? code=None) -> Tensor");
+  // sparse matrices in compressed rows (CSR)
+  m.def("csr_matmul(Tensor values, Tensor columns, Tensor row_offsets, Tensor x, int n, Tensor? bias=None) -> Tensor");
+  m.def("csr_matmul_add(Tensor(a!) out, Tensor values, Tensor columns, Tensor row_offsets, Tensor x) -> ()");
+  m.def("csr_matmul_transposed(Tensor values, Tensor columns, Tensor row_offsets, Tensor g, int k) -> Tensor");
+  m.def("csr_grad_values(Tensor columns, Tensor row_offsets, Tensor g, Tensor x, ScalarType dtype) -> Tensor");
   // optimizers over many tensors: states, absmax and compensation as in csrc/optim8/optim8.cpp
   m.def(
       "optim_table(Tensor[] params, Tensor[] grads, Tensor[] steps, Tensor[] states, Tensor[] absmax, "
