@@ -38,6 +38,20 @@ QUANTIZE_TEST_SHAPES: tuple[tuple[int, int], ...] = (
 # What an empty or degenerate call must survive.
 EMPTY_GEMM_SHAPES: tuple[Shape, ...] = ((0, 4, 8), (4, 0, 8), (4, 8, 0), (0, 0, 0))
 
+# Sparse products: vectors of lanes and of rows of S, one less and one more; chunks of entries of a GPU.
+CSR_TEST_SHAPES: tuple[Shape, ...] = (
+    (1, 1, 1),
+    (1, 33, 70),
+    (2, 5, 300),
+    (4, 16, 64),
+    (7, 130, 17),
+    (15, 17, 33),
+    (16, 64, 129),
+    (17, 40, 90),
+    (33, 31, 257),
+    (130, 47, 100),
+)
+
 # For speed: decode (1), a small batch (16), prefill (128 and up), on a square projection and a 7B model's MLP pair.
 BENCH_ROWS = (1, 16, 128, 256, 512, 2048)
 BENCH_LAYERS: dict[str, tuple[int, int]] = {  # name -> (n, k)

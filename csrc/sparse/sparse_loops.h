@@ -90,10 +90,11 @@ struct CsrLoops {
   static void pack(const void* matrix, DType dtype, int64_t cols, const Panel& panel, int64_t begin, int64_t end) {
     dispatch_float(dtype,
                    [&](auto type) { pack_as(static_cast<const decltype(type)*>(matrix), cols, panel, begin, end); });
+    if (end != cols) return;
+    for (int lane = 0; lane < panel.lanes; ++lane) panel.data[cols * panel.lanes + lane] = 0.0f;
   }
 
-  // ---- a chunk's entries, ready for use: values in fp32, columns at most k; values of entries without a column are 0
-  // ----
+  // ---- a chunk's entries, ready for use: values in fp32, 0 of entries without a column, whose column becomes k ----
 
   struct Entries {
     alignas(64) float converted[kChunk];

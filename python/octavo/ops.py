@@ -406,7 +406,7 @@ def _(values: Tensor, columns: Tensor, row_offsets: Tensor, g: Tensor, k: int) -
 def csr_grad_values(
     columns: Tensor, row_offsets: Tensor, g: Tensor, x: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``(g.T @ x)`` at the entries of S only: the gradient of `csr_matmul` for values. fp32 accumulation, deterministic.
+    """``g.T @ x`` at the entries of S only: the gradient of `csr_matmul` for values. fp32 sums, deterministic.
 
     ``out[e] = sum_j g[j, i] * x[j, columns[e]]`` for entry e of row i, j over all leading dimensions; 0 for a column
     outside [0, k).
