@@ -66,6 +66,9 @@ SMALL_LAYERS: dict[str, tuple[int, int]] = {
     "1536x576": (1536, 576),
     "576x1536": (576, 1536),
 }
+SPARSE_ROWS = (1, 16, 512)
+SPARSE_LAYERS: dict[str, tuple[int, int]] = {name: BENCH_LAYERS[name] for name in ("4096x4096", "11008x4096")}
+SPARSE_DENSITIES = (0.002, 0.01, 0.05)  # of the entries: outliers of SpQR are at most about 1 %
 QUICK_ROWS = (1, 16, 256)
 QUICK_LAYERS: dict[str, tuple[int, int]] = {"4096x4096": (4096, 4096)}
 
