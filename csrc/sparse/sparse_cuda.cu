@@ -97,8 +97,9 @@ constexpr int kFewThreads = 256, kFewItems = 4, kFewChunk = kFewThreads * kFewIt
 constexpr int64_t kFewRows = 16;             // of x
 constexpr int64_t kStagedBytes = 28 * 1024;  // with the products, below the 48 KiB that need no opt-in
 
+// Four blocks on a multiprocessor: left to itself, ptxas aims at more and spills.
 template <class T, int kRows, bool kStaged>
-__global__ void __launch_bounds__(kFewThreads) csr_few_kernel(CsrMatmul p, CsrPieces pieces) {
+__global__ void __launch_bounds__(kFewThreads, 4) csr_few_kernel(CsrMatmul p, CsrPieces pieces) {
   SHARED(float, products, [kRows][kFewChunk]);
   SHARED(int64_t, rows, [2]);
   DYNAMIC_SHARED(T, staged);
@@ -136,16 +137,13 @@ __global__ void __launch_bounds__(kFewThreads) csr_few_kernel(CsrMatmul p, CsrPi
         end = c.head_end;
       else if (row < c.rows)
         row_span(s, row, c, begin, end);
-      float sum[kRows] = {};
-      for (int64_t e = begin + thread % threads; e < end; e += threads) {
-        UNROLL for (int r = 0; r < kRows; ++r) sum[r] += products[r][e - c.begin];
-      }
-      for (int distance = threads / 2; distance > 0; distance /= 2) {
-        UNROLL for (int r = 0; r < kRows; ++r) sum[r] += __shfl_xor_sync(kFullWarp, sum[r], distance);
-      }
-      if (thread % threads != 0 || row >= c.rows) continue;
-      UNROLL for (int r = 0; r < kRows; ++r) {
-        if (r < present) put_sum(p, pieces, c, index, row, j0 + r, sum[r]);
+      const int first_product = static_cast<int>(begin - c.begin) + thread % threads;
+      const int last_product = static_cast<int>(end - c.begin);
+      NO_UNROLL for (int r = 0; r < present; ++r) {
+        float sum = 0.0f;
+        NO_UNROLL for (int i = first_product; i < last_product; i += threads) sum += products[r][i];
+        for (int distance = threads / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
+        if (thread % threads == 0 && row < c.rows) put_sum(p, pieces, c, index, row, j0 + r, sum);
       }
     }
     if (thread == 0 && blockIdx.y == 0) pieces.open_row[index] = c.open ? c.rows - 1 : -1;
