@@ -58,6 +58,7 @@ HD float row_dot(const T* values, const C* columns, int64_t count, const float* 
   // What is left of a row, and short rows, one by one: more loops would be more branches that cannot be foreseen.
   const auto one_by_one = [&](int64_t e) __attribute__((always_inline)) {
     float sum = 0.0f;
+#pragma GCC unroll 1
     for (; e < count; ++e) sum = __builtin_fmaf(to_float(values[e]), x[static_cast<uint32_t>(columns[e])], sum);
     return sum;
   };

@@ -54,7 +54,8 @@ template <class V>
 struct CsrLoops {
   using F = typename V::F;
   static constexpr int kWidth = V::kWidth;
-  static constexpr int kTileRows = 16;  // rows of S whose sums are stored together, as vectors along out's rows
+  static constexpr int kTileRows = 16;   // rows of S whose sums are stored together, as vectors along out's rows
+  static constexpr int kLongTile = 256;  // the same of one row of x, where a sum is all there is to a row of S
 
   static F multiply_add(F a, F b, F c) {
     if constexpr (kWidth == 1)
@@ -166,12 +167,12 @@ struct CsrLoops {
   // out[first ..., row ... row + count) from tile[kTileRows, lanes]; what csr_finish does, in vectors.
   template <class Out>
   static void finish_tile(const CsrMatmul& p, const Panel& x, float* tile, int64_t row, int64_t count) {
-    float bias[kTileRows] = {};
+    float bias[kLongTile];
     for (int64_t i = 0; p.bias && i < count; ++i) bias[i] = load_float(p.bias, p.bias_dtype, row + i);
     const auto finish = [&](int64_t lane, int64_t i, F sum) {
       const int n = static_cast<int>(count - i < kWidth ? count - i : kWidth);
       Out* out = static_cast<Out*>(p.out) + (x.first + lane) * p.s.n + row + i;
-      if (p.bias) sum = V::add(sum, V::load(bias + i));
+      if (p.bias) sum = V::add(sum, V::load(bias + i, n));
       if (p.add) sum = V::add(sum, V::load(out, n));
       V::store(out, sum, n);
     };
@@ -190,7 +191,7 @@ struct CsrLoops {
     }
   }
 
-  static void row_ends(const Csr& s, int64_t row, int64_t count, int64_t (&ends)[kTileRows]) {
+  static void row_ends(const Csr& s, int64_t row, int64_t count, int64_t* ends) {
     if (s.wide)
       for (int64_t i = 0; i < count; ++i) ends[i] = static_cast<const int64_t*>(s.offsets)[row + i + 1];
     else
@@ -202,9 +203,10 @@ struct CsrLoops {
     constexpr int64_t kLanes = R == 0 ? 1 : R * kWidth;
     Entries entries;
     const CsrChunk c = csr_chunk(p.s, index, kChunk);
-    alignas(64) float tile[kTileRows * kLanes] = {};
+    constexpr int64_t kRows = R == 0 ? kLongTile : kTileRows;
+    alignas(64) float tile[kRows * kLanes];
     entries.with(p.s, c.begin, c.end - c.begin, [&](const float* values, const auto* columns) {
-      const auto piece = [&](int64_t begin, int64_t end, float* sums) {
+      const auto piece = [&](int64_t begin, int64_t end, float* sums) __attribute__((always_inline)) {
         const int64_t at = begin - c.begin, count = end > begin ? end - begin : 0;
         if constexpr (R == 0)
           *sums = row_dot(values + at, columns + at, count, x.data);
@@ -214,9 +216,9 @@ struct CsrLoops {
       if (c.head_end > c.begin) piece(c.begin, c.head_end, partial);
       const int64_t whole = c.rows - c.open;
       int64_t begin = csr_offset(p.s, c.first_row);
-      for (int64_t row = c.first_row; row < whole; row += kTileRows) {
-        const int64_t count = whole - row < kTileRows ? whole - row : kTileRows;
-        int64_t ends[kTileRows];
+      for (int64_t row = c.first_row; row < whole; row += kRows) {
+        const int64_t count = whole - row < kRows ? whole - row : kRows;
+        int64_t ends[kRows];
         row_ends(p.s, row, count, ends);
         for (int64_t i = 0; i < count; ++i) {
           piece(begin, ends[i], tile + i * kLanes);
