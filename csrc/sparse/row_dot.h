@@ -3,9 +3,9 @@
 // For ISA files, after the target pragma: those of AVX2 and above define OCTAVO_ISA_AVX2 (g++ defines __AVX2__ by its
 // command line only), the portable one nothing. <immintrin.h> and common/numeric.h come first.
 //
-// x is fp32 and lies in cache. A 16-lane gather takes as long as its 16 loads or longer (Zen 4: 0.40 ns an entry
-// against 0.31), so four elements are put together by loads and inserts. Where columns follow each other, as in full
-// rows and in the stripes of attention heads, x is read in whole vectors instead.
+// x is fp32 and lies in cache. A 16-lane gather takes longer than its 16 loads (Zen 4: 0.40 ns an entry against 0.30 to
+// 0.34), so four elements are put together by loads and inserts. Where columns follow each other, as in full rows and in
+// the stripes of attention heads, x is read in whole vectors instead.
 
 namespace octavo::cpu {
 namespace {
