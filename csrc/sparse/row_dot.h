@@ -4,8 +4,8 @@
 // command line only), the portable one nothing. <immintrin.h> and common/numeric.h come first.
 //
 // x is fp32 and lies in cache. A 16-lane gather takes longer than its 16 loads (Zen 4: 0.40 ns an entry against 0.30 to
-// 0.34), so four elements are put together by loads and inserts. Where columns follow each other, as in full rows and in
-// the stripes of attention heads, x is read in whole vectors instead.
+// 0.34), so four elements are put together by loads and inserts. Where columns follow each other, as in full rows and
+// in the stripes of attention heads, x is read in whole vectors instead.
 
 namespace octavo::cpu {
 namespace {
