@@ -38,6 +38,20 @@ QUANTIZE_TEST_SHAPES: tuple[tuple[int, int], ...] = (
 # What an empty or degenerate call must survive.
 EMPTY_GEMM_SHAPES: tuple[Shape, ...] = ((0, 4, 8), (4, 0, 8), (4, 8, 0), (0, 0, 0))
 
+# Sparse products: vectors of lanes and of rows of S, one less and one more; chunks of entries of a GPU.
+CSR_TEST_SHAPES: tuple[Shape, ...] = (
+    (1, 1, 1),
+    (1, 33, 70),
+    (2, 5, 300),
+    (4, 16, 64),
+    (7, 130, 17),
+    (15, 17, 33),
+    (16, 64, 129),
+    (17, 40, 90),
+    (33, 31, 257),
+    (130, 47, 100),
+)
+
 # For speed: decode (1), a small batch (16), prefill (128 and up), on a square projection and a 7B model's MLP pair.
 BENCH_ROWS = (1, 16, 128, 256, 512, 2048)
 BENCH_LAYERS: dict[str, tuple[int, int]] = {  # name -> (n, k)
@@ -52,6 +66,9 @@ SMALL_LAYERS: dict[str, tuple[int, int]] = {
     "1536x576": (1536, 576),
     "576x1536": (576, 1536),
 }
+SPARSE_ROWS = (1, 16, 512)
+SPARSE_LAYERS: dict[str, tuple[int, int]] = {name: BENCH_LAYERS[name] for name in ("4096x4096", "11008x4096")}
+SPARSE_DENSITIES = (0.002, 0.01, 0.05)  # of the entries: outliers of SpQR are at most about 1 %
 QUICK_ROWS = (1, 16, 256)
 QUICK_LAYERS: dict[str, tuple[int, int]] = {"4096x4096": (4096, 4096)}
 

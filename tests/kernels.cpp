@@ -13,10 +13,12 @@
 namespace kernels {
 namespace {
 
-#define KERNELS_OF(machine)                                                                              \
-  machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows, \
-      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,    \
-      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step
+#define KERNELS_OF(machine)                                                                                 \
+  machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows,    \
+      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,       \
+      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step,        \
+      machine::csr_matmul_workspace, machine::csr_transposed_workspace, machine::csr_grad_values_workspace, \
+      machine::csr_matmul, machine::csr_matmul_transposed, machine::csr_grad_values
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -246,6 +248,7 @@ int main(int argc, char** argv) {
       test_gemm();
       test_blockwise();
       test_optim();
+      test_sparse();
     }
     std::printf("%s: %s\n", each.name.c_str(), test::failures == before ? "ok" : "FAILED");
     ++ran;

@@ -14,6 +14,7 @@
 #include "int8/quantize.h"
 #include "optim8/optim8.h"
 #include "outlier/outlier.h"
+#include "sparse/sparse.h"
 
 namespace kernels {
 using namespace octavo;
@@ -35,6 +36,12 @@ struct Backend {
   decltype(&cpu::quantize_blocks) quantize_blocks;
   decltype(&cpu::dequantize_blocks) dequantize_blocks;
   decltype(&cpu::optim_step) optim_step;
+  decltype(&cpu::csr_matmul_workspace) csr_matmul_workspace;
+  decltype(&cpu::csr_transposed_workspace) csr_transposed_workspace;
+  decltype(&cpu::csr_grad_values_workspace) csr_grad_values_workspace;
+  decltype(&cpu::csr_matmul) csr_matmul;
+  decltype(&cpu::csr_matmul_transposed) csr_matmul_transposed;
+  decltype(&cpu::csr_grad_values) csr_grad_values;
 
   bool simt() const { return name.starts_with("simt"); }
 };
@@ -165,5 +172,6 @@ struct Listed {
 void test_gemm();       // kernels_gemm.cpp
 void test_blockwise();  // kernels_optim.cpp
 void test_optim();
+void test_sparse();  // kernels_sparse.cpp
 
 }  // namespace kernels

@@ -16,7 +16,7 @@ import octavo.bench
 import pytest
 import torch
 from octavo import _C, evaluate, reference
-from octavo.bench import blockwise, cases, common, limits, memory, optim, plot
+from octavo.bench import blockwise, cases, common, limits, memory, optim, plot, sparse
 from octavo.bench import int8 as family
 from octavo.bench import model as models
 from octavo.nn import Int8Linear
@@ -479,3 +479,15 @@ def test_peak_memory_sees_a_buffer_that_is_freed_again():
         return None
 
     assert memory.peak_extra_cpu(call) == pytest.approx(64 << 20, rel=0.1)
+
+
+def test_sparse_rows_and_peers_that_compute_the_same():
+    effort, limit = common.Effort(0.0, 0.0, 1, 1), limits_of(read=1e9)
+    skipped: dict[str, str] = {}
+    for m in (1, 5):
+        rows = sparse.bench((m, 30, 200), 0.1, effort, limit, "cpu", skipped)
+        names = {"octavo", "octavo, fp16 and uint16", "torch.sparse.mm", "scipy"}
+        assert {row.method for row in rows} | set(skipped) == names
+        assert all(row.error < (1e-3 if "fp16" in row.method else 1e-6) for row in rows)
+        assert all((row.versus is None) == (row.method == "octavo") for row in rows)
+    assert 0.05 < len(sparse.matrix(30, 200, 0.1)[0]) / 6000 < 0.15

@@ -28,6 +28,7 @@ inline const char* name_of(ScalarType type) {
     case ScalarType::Byte: return "uint8";
     case ScalarType::Char: return "int8";
     case ScalarType::Short: return "int16";
+    case ScalarType::UInt16: return "uint16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Half: return "float16";

@@ -8,8 +8,11 @@ import torch  # noqa: F401  loads the libraries that _C links to
 
 from . import _C, nn, optim, reference, spqr
 from ._version import __version__
-from .autograd import int8_linear_train, int8_matmul, spqr_matmul
+from .autograd import csr_matmul, int8_linear_train, int8_matmul, spqr_matmul
 from .ops import (
+    csr_grad_values,
+    csr_matmul_add,
+    csr_matmul_transposed,
     dequantize_blockwise,
     dequantize_rowwise,
     extract_columns,
@@ -31,6 +34,7 @@ from .ops import (
 )
 from .quantize import Report, quantize_model
 from .serialization import load_quantized, save_quantized
+from .sparse import csr_to_dense, dense_to_csr, validate_csr
 
 if TYPE_CHECKING:
     from .integrations.transformers import OctavoConfig
@@ -39,7 +43,13 @@ __all__ = [
     "OctavoConfig",
     "Report",
     "__version__",
+    "csr_grad_values",
+    "csr_matmul",
+    "csr_matmul_add",
+    "csr_matmul_transposed",
+    "csr_to_dense",
     "cuda_built",
+    "dense_to_csr",
     "dequantize_blockwise",
     "dequantize_rowwise",
     "extract_columns",
@@ -68,6 +78,7 @@ __all__ = [
     "spqr_linear",
     "spqr_matmul",
     "spqr_quantize_columns",
+    "validate_csr",
 ]
 
 

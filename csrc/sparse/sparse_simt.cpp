@@ -1,0 +1,1 @@
+#include "sparse/sparse_cuda.cu"
