@@ -16,7 +16,8 @@ namespace {
 #define KERNELS_OF(machine)                                                                              \
   machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows, \
       machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,    \
-      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step
+      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step,    \
+      machine::spqr_workspace, machine::spqr_matmul, machine::spqr_dequantize
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -246,6 +247,7 @@ int main(int argc, char** argv) {
       test_gemm();
       test_blockwise();
       test_optim();
+      test_spqr();
     }
     std::printf("%s: %s\n", each.name.c_str(), test::failures == before ? "ok" : "FAILED");
     ++ran;

@@ -14,6 +14,7 @@
 #include "int8/quantize.h"
 #include "optim8/optim8.h"
 #include "outlier/outlier.h"
+#include "spqr/spqr.h"
 
 namespace kernels {
 using namespace octavo;
@@ -35,6 +36,9 @@ struct Backend {
   decltype(&cpu::quantize_blocks) quantize_blocks;
   decltype(&cpu::dequantize_blocks) dequantize_blocks;
   decltype(&cpu::optim_step) optim_step;
+  decltype(&cpu::spqr_workspace) spqr_workspace;
+  decltype(&cpu::spqr_matmul) spqr_matmul;
+  decltype(&cpu::spqr_dequantize) spqr_dequantize;
 
   bool simt() const { return name.starts_with("simt"); }
 };
@@ -165,5 +169,6 @@ struct Listed {
 void test_gemm();       // kernels_gemm.cpp
 void test_blockwise();  // kernels_optim.cpp
 void test_optim();
+void test_spqr();  // kernels_spqr.cpp
 
 }  // namespace kernels

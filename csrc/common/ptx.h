@@ -174,19 +174,28 @@ template <>
 constexpr bool kMma16Bit<BFloat16> = true;
 #endif
 
-// mma_16bit where there is no such instruction: each lane collects its two rows and columns and multiplies them.
+// mma_16bit where there is no such instruction: each lane collects its two rows and columns and multiplies them. A
+// call, because kernels have dozens of them.
 template <class T>
-__device__ inline void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+__device__ __noinline__ float4 mma_by_shuffles(float4 sums, uint4 a, uint2 b) {
   const int lane = threadIdx.x % 32;
-  UNROLL for (int t = 0; t < 4; ++t) UNROLL for (int k = 0; k < 2; ++k) {
-    const auto of = [&](uint32_t word, int from) { return __shfl_sync(0xffffffffu, word, from); };
-    const uint32_t rows[2] = {of(a[2 * k], lane / 4 * 4 + t), of(a[2 * k + 1], lane / 4 * 4 + t)};
-    const uint32_t columns[2] = {of(b[k], lane % 4 * 8 + t), of(b[k], lane % 4 * 8 + 4 + t)};
-    UNROLL for (int i = 0; i < 4; ++i) UNROLL for (int shift = 0; shift < 32; shift += 16) {
-      const auto element = [&](uint32_t word) { return to_float(T{static_cast<uint16_t>(word >> shift)}); };
-      d[i] = fmaf(element(rows[i / 2]), element(columns[i % 2]), d[i]);
-    }
+  NO_UNROLL for (int t = 0; t < 4; ++t) {
+    const auto multiply = [&](uint32_t upper, uint32_t lower, uint32_t columns) {
+      const auto of = [&](uint32_t word, int from) { return __shfl_sync(0xffffffffu, word, from); };
+      const auto add = [&](float& sum, uint32_t row, uint32_t column) {
+        UNROLL for (int shift = 0; shift < 32; shift += 16) {
+          const auto element = [&](uint32_t word) { return to_float(T{static_cast<uint16_t>(word >> shift)}); };
+          sum = fmaf(element(row), element(column), sum);
+        }
+      };
+      upper = of(upper, lane / 4 * 4 + t), lower = of(lower, lane / 4 * 4 + t);
+      const uint32_t even = of(columns, lane % 4 * 8 + t), odd = of(columns, lane % 4 * 8 + 4 + t);
+      add(sums.x, upper, even), add(sums.y, upper, odd), add(sums.z, lower, even), add(sums.w, lower, odd);
+    };
+    multiply(a.x, a.y, b.x);
+    multiply(a.z, a.w, b.y);
   }
+  return sums;
 }
 
 // d[16, 8] += a[16, 16] b[16, 8] in fp32, with T = Half or BFloat16; fragments in words of two elements, as above.
@@ -207,7 +216,9 @@ __device__ __forceinline__ void mma_16bit(float (&d)[4], const uint32_t (&a)[4],
 #undef OCTAVO_MMA
 #elif defined(__CUDA_ARCH__)
   if constexpr (dtype_of<T>::value == DType::bf16) {
-    mma_by_shuffles<T>(d, a, b);
+    const float4 sums = mma_by_shuffles<T>(make_float4(d[0], d[1], d[2], d[3]), make_uint4(a[0], a[1], a[2], a[3]),
+                                           make_uint2(b[0], b[1]));
+    d[0] = sums.x, d[1] = sums.y, d[2] = sums.z, d[3] = sums.w;
   } else {
     for (int k = 0; k < 2; ++k)
       asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
