@@ -13,12 +13,13 @@
 namespace kernels {
 namespace {
 
-#define KERNELS_OF(machine)                                                                                 \
-  machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows,    \
-      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,       \
-      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step,        \
-      machine::csr_matmul_workspace, machine::csr_transposed_workspace, machine::csr_grad_values_workspace, \
-      machine::csr_matmul, machine::csr_matmul_transposed, machine::csr_grad_values
+#define KERNELS_OF(machine)                                                                                   \
+  machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows,      \
+      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,         \
+      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step,          \
+      machine::csr_matmul_workspace, machine::csr_transposed_workspace, machine::csr_grad_values_workspace,   \
+      machine::csr_matmul, machine::csr_matmul_transposed, machine::csr_grad_values, machine::spqr_workspace, \
+      machine::spqr_matmul, machine::spqr_dequantize
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -249,6 +250,7 @@ int main(int argc, char** argv) {
       test_blockwise();
       test_optim();
       test_sparse();
+      test_spqr();
     }
     std::printf("%s: %s\n", each.name.c_str(), test::failures == before ? "ok" : "FAILED");
     ++ran;

@@ -15,6 +15,7 @@
 #include "optim8/optim8.h"
 #include "outlier/outlier.h"
 #include "sparse/sparse.h"
+#include "spqr/spqr.h"
 
 namespace kernels {
 using namespace octavo;
@@ -42,6 +43,9 @@ struct Backend {
   decltype(&cpu::csr_matmul) csr_matmul;
   decltype(&cpu::csr_matmul_transposed) csr_matmul_transposed;
   decltype(&cpu::csr_grad_values) csr_grad_values;
+  decltype(&cpu::spqr_workspace) spqr_workspace;
+  decltype(&cpu::spqr_matmul) spqr_matmul;
+  decltype(&cpu::spqr_dequantize) spqr_dequantize;
 
   bool simt() const { return name.starts_with("simt"); }
 };
@@ -173,5 +177,6 @@ void test_gemm();       // kernels_gemm.cpp
 void test_blockwise();  // kernels_optim.cpp
 void test_optim();
 void test_sparse();  // kernels_sparse.cpp
+void test_spqr();    // kernels_spqr.cpp
 
 }  // namespace kernels

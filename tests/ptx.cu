@@ -47,7 +47,7 @@ __global__ void mma_kernel(const int4* a, const int4* b, D* d) {
   const uint32_t words[2] = {of_b[2], of_b[3]};
   if constexpr (dtype_of<T>::value == DType::i32)
     mma_int8(sum, of_a, words);
-  else if constexpr (kMma16Bit<T>)
+  else
     mma_16bit<T>(sum, of_a, words);
   for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sum[i];
 }

@@ -3,6 +3,7 @@
 // host SIMT machine. __dp4a, votes and shuffles are CUDA intrinsics already.
 #include "common/dtype.h"
 #include "common/launch.h"
+#include "common/numeric.h"
 #ifndef __CUDACC__
 #include "simt/async_copy.h"
 #include "simt/tensor_core.h"
@@ -36,6 +37,15 @@ __device__ __forceinline__ uint32_t pack_bytes(int32_t low, int32_t high, uint32
   uint32_t packed;
   asm("cvt.pack.sat.u8.s32.b32 %0, %1, %2, %3;" : "=r"(packed) : "r"(high), "r"(low), "r"(above));
   return packed;
+#endif
+}
+
+// Brings the line at this address into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+#if !defined(__CUDACC__)
+  static_cast<void>(global);
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 #endif
 }
 
@@ -78,6 +88,48 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
+// ---- pairs of 16-bit floats ----
+
+// Two floats rounded to T = Half or BFloat16, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  uint32_t pair;
+  if constexpr (dtype_of<T>::value == DType::f16)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return static_cast<uint32_t>(from_float<T>(low).bits) | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+#endif
+}
+
+// a * b + c for both elements of a word, T = Half or BFloat16, rounded once where the architecture has it; exact
+// wherever the result is an element. Before sm_80 the bf16 result is rounded from fp32.
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDACC__)
+  if constexpr (dtype_of<T>::value == DType::f16) {
+    uint32_t d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
+#if __CUDA_ARCH__ >= 800
+  if constexpr (dtype_of<T>::value == DType::bf16) {
+    uint32_t d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
+#endif
+#endif
+  const auto half = [&](int shift) {
+    const auto element = [&](uint32_t word) { return to_float(T{static_cast<uint16_t>(word >> shift)}); };
+    return static_cast<uint32_t>(from_float<T>(fmaf(element(a), element(b), element(c))).bits);
+  };
+  return half(0) | half(16) << 16;
+}
+
 // ---- tensor cores. Every lane of the warp calls these; lane = 4 g + t. ----
 
 // Four 8 x 8 matrices of 16-bit elements (or 8 x 16 of bytes) from shared memory: lane 8 i + r names row r of matrix i,
@@ -112,7 +164,7 @@ __device__ __forceinline__ void mma_int8(int32_t (&d)[4], const uint32_t (&a)[4]
 #endif
 }
 
-// Whether mma_16bit<T> exists: for Half, and for BFloat16 from sm_80 on.
+// Whether tensor cores take T: Half, and BFloat16 from sm_80 on. Before, mma_16bit<BFloat16> is arithmetic.
 template <class T>
 constexpr bool kMma16Bit = false;
 template <>
@@ -121,6 +173,30 @@ constexpr bool kMma16Bit<Half> = true;
 template <>
 constexpr bool kMma16Bit<BFloat16> = true;
 #endif
+
+// mma_16bit where there is no such instruction: each lane collects its two rows and columns and multiplies them. A
+// call, because kernels have dozens of them.
+template <class T>
+__device__ __noinline__ float4 mma_by_shuffles(float4 sums, uint4 a, uint2 b) {
+  const int lane = threadIdx.x % 32;
+  NO_UNROLL for (int t = 0; t < 4; ++t) {
+    const auto multiply = [&](uint32_t upper, uint32_t lower, uint32_t columns) {
+      const auto of = [&](uint32_t word, int from) { return __shfl_sync(0xffffffffu, word, from); };
+      const auto add = [&](float& sum, uint32_t row, uint32_t column) {
+        UNROLL for (int shift = 0; shift < 32; shift += 16) {
+          const auto element = [&](uint32_t word) { return to_float(T{static_cast<uint16_t>(word >> shift)}); };
+          sum = fmaf(element(row), element(column), sum);
+        }
+      };
+      upper = of(upper, lane / 4 * 4 + t), lower = of(lower, lane / 4 * 4 + t);
+      const uint32_t even = of(columns, lane % 4 * 8 + t), odd = of(columns, lane % 4 * 8 + 4 + t);
+      add(sums.x, upper, even), add(sums.y, upper, odd), add(sums.z, lower, even), add(sums.w, lower, odd);
+    };
+    multiply(a.x, a.y, b.x);
+    multiply(a.z, a.w, b.y);
+  }
+  return sums;
+}
 
 // d[16, 8] += a[16, 16] b[16, 8] in fp32, with T = Half or BFloat16; fragments in words of two elements, as above.
 template <class T>
@@ -139,10 +215,16 @@ __device__ __forceinline__ void mma_16bit(float (&d)[4], const uint32_t (&a)[4],
     OCTAVO_MMA("bf16");
 #undef OCTAVO_MMA
 #elif defined(__CUDA_ARCH__)
-  for (int k = 0; k < 2; ++k)
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
+  if constexpr (dtype_of<T>::value == DType::bf16) {
+    const float4 sums = mma_by_shuffles<T>(make_float4(d[0], d[1], d[2], d[3]), make_uint4(a[0], a[1], a[2], a[3]),
+                                           make_uint2(b[0], b[1]));
+    d[0] = sums.x, d[1] = sums.y, d[2] = sums.z, d[3] = sums.w;
+  } else {
+    for (int k = 0; k < 2; ++k)
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[2 * k]), "r"(a[2 * k + 1]), "r"(b[k]));
+  }
 #endif
 }
 

@@ -10,6 +10,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
 

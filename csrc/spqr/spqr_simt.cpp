@@ -1,0 +1,1 @@
+#include "spqr/spqr_cuda.cu"
