@@ -88,12 +88,12 @@ def left_behind(folder):
 # ---- what works ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["quantize"], ["eval"], ["bench"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["quantize"], ["eval"], ["analyze"], ["bench"], ["demo"]])
 def test_help(command):
     result = octavo_(*command, "--help")
     assert result.exit_code == 0
     assert "Usage: octavo" in result.output
-    if command and command[0] in ("quantize", "eval", "bench"):
+    if command and command[0] in ("quantize", "eval", "analyze", "bench"):
         assert f"octavo {command[0]} " in result.output.split("Usage:")[1].split("\n", 1)[1]  # an example
 
 
