@@ -36,6 +36,11 @@ static void define_ops(Library& m) {
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor absmax, ScalarType dtype, int blocksize=256, bool signed=True, "
       "Tensor? code=None) -> Tensor");
+  // SpQR: one block of columns, as in csrc/spqr/columns.h
+  m.def(
+      "spqr_quantize_columns(Tensor weight, Tensor factor, float threshold, int bits, int group_size, "
+      "int stats_group_size=16, int scale_bits=0, int zero_bits=0, bool leave_one_out=True) -> "
+      "(Tensor codes, Tensor scales, Tensor zeros, Tensor second_order, Tensor residual, Tensor error)");
   // optimizers over many tensors: states, absmax and compensation as in csrc/optim8/optim8.cpp
   m.def(
       "optim_table(Tensor[] params, Tensor[] grads, Tensor[] steps, Tensor[] states, Tensor[] absmax, "

@@ -111,7 +111,7 @@ def test_planted_outlier_features_are_found(model, ids):
     up = {d["dimension"]: d for d in found["mlp.gate_proj, up_proj"]["dimensions"]}
     assert up[9]["outlier_feature"] and up[9]["layers_share"] == 0.5
     assert sum(d["outlier_feature"] for d in (*qkv.values(), *up.values())) == 2
-    assert found["self_attn.o_proj"]["dimensions"] == []
+    assert found["self_attn.o_proj"]["outlier_features"] == 0
     top = found["self_attn.q_proj, k_proj, v_proj"]["top"]
     column = top["dimensions"].index(5)
     for depth in (0, 1):

@@ -60,6 +60,7 @@ def sample(name: str) -> tuple[object, ...]:
     columns, count = reference.find_outlier_columns(x, 2.0)
     slot = torch.full((20,), -1, dtype=torch.int32)
     return {
+        "spqr_quantize_columns": (x.view(15, 20), torch.eye(20), 0.05, 3, 10, 16, 3, 3),
         "quantize_blockwise": (x, 64, False),
         "dequantize_blockwise": (*reference.quantize_blockwise(x, 64), torch.bfloat16, 64),
         "quantize_rowwise": (x, 2.0),

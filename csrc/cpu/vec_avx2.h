@@ -124,6 +124,8 @@ struct Vec {
   static M finite(F v) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(0x7f800000), abs_bits(v))); }
   static bool all(M mask) { return _mm256_movemask_ps(mask) == 0xff; }
   static M positive(F v) { return _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ); }
+  static M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+  static M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static M both(M a, M b) { return _mm256_and_ps(a, b); }
   static M lanes_below(int n) { return _mm256_castsi256_ps(lanes(n)); }
   static F select(M mask, F yes, F no) { return _mm256_blendv_ps(no, yes, mask); }

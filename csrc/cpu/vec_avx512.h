@@ -78,6 +78,8 @@ struct Vec {
   static M finite(F v) { return static_cast<M>(~_mm512_fpclass_ps_mask(v, 0x99)); }  // neither NaN nor Inf
   static bool all(M mask) { return mask == 0xffff; }
   static M positive(F v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ); }
+  static M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static M both(M a, M b) { return static_cast<M>(a & b); }
   static M lanes_below(int n) { return lanes(n); }
   static F select(M mask, F yes, F no) { return _mm512_mask_blend_ps(mask, no, yes); }

@@ -47,11 +47,16 @@ struct Vec {
   static M finite(F v) { return octavo::abs_bits(v) < 0x7f800000u; }
   static bool all(M mask) { return mask; }
   static M positive(F v) { return v > 0.0f; }
+  static M greater(F a, F b) { return a > b; }
+  static M at_least(F a, F b) { return a >= b; }
+  static M equal(F a, F b) { return a == b; }
   static M both(M a, M b) { return a && b; }
   static M lanes_below(int n) { return n > 0; }
   static F select(M mask, F yes, F no) { return mask ? yes : no; }
   static int count(M mask) { return mask; }
 
+  static F round(F v) { return std::nearbyintf(v); }                   // half to even
+  static U to_integer(F v) { return static_cast<U>(std::lrintf(v)); }  // half to even
   static U set_bits(uint32_t v) { return v; }
   static U bits(F v) { return float_bits(v); }
   static F from_bits(U v) { return bits_float(v); }

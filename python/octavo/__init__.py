@@ -27,6 +27,7 @@ from .ops import (
     quantize_tensorwise,
     spqr_dequantize,
     spqr_linear,
+    spqr_quantize_columns,
 )
 from .quantize import Report, quantize_model
 from .serialization import load_quantized, save_quantized
@@ -64,6 +65,7 @@ __all__ = [
     "save_quantized",
     "spqr_dequantize",
     "spqr_linear",
+    "spqr_quantize_columns",
 ]
 
 

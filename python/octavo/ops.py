@@ -20,6 +20,7 @@ from ._fakes import fake as _fake
 from ._fakes import register_fakes as register_fakes
 from .ops_spqr import spqr_dequantize as spqr_dequantize
 from .ops_spqr import spqr_linear as spqr_linear
+from .ops_spqr import spqr_quantize_columns as spqr_quantize_columns
 
 # ---- quantization --------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .reference_optim import optim_step as optim_step
 from .reference_optim import optim_table as optim_table
+from .reference_spqr import spqr_quantize_columns as spqr_quantize_columns
 from .reference_states import dynamic_map as dynamic_map
 from .reference_states import thresholds as thresholds
 from .reference_tiles import spqr_dequantize as spqr_dequantize

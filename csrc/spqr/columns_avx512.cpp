@@ -1,0 +1,16 @@
+#include "cpu/isa.h"
+#if OCTAVO_MAX_ISA >= 2
+#include <immintrin.h>
+
+#include "common/numeric.h"
+#include "spqr/columns.h"
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")  // last include of shared code above; never popped
+#define OCTAVO_ISA_LOOPS
+#include "cpu/vec_avx512.h"
+#include "spqr/columns_loops.h"
+
+namespace octavo::cpu::avx512 {
+constexpr ColumnLoops column_loops = TileLoops<Vec>::table;
+}  // namespace octavo::cpu::avx512
+#endif
