@@ -92,11 +92,12 @@ struct TileLoops {
   }
 
   // scale = (high - low) / most, zero = -low / scale. A range far from 0 (constant groups are the extreme) would need a
-  // zero point beyond what is stored: it is widened to include 0, so that a constant is code 0 or `most`.
-  static Fit fit(F low, F high, F most) {
+  // zero point beyond what is stored: it is widened to include 0, so that a constant is code 0 or `most`. With two
+  // levels such a zero point would take all of the range that its tile's others share: there less is far.
+  static Fit fit(const SpqrColumns& p, F low, F high, F most) {
     const F nought = V::set(0.0f);
     const F distance = V::max(low, V::sub(nought, high));
-    const M far = V::greater(distance, V::mul(V::set(16.0f), V::sub(high, low)));
+    const M far = V::greater(distance, V::mul(V::set(p.scale_bits ? 1.0f : 16.0f), V::sub(high, low)));
     low = V::select(far, V::min(low, nought), low);
     high = V::select(far, V::max(high, nought), high);
     Fit f;
@@ -119,9 +120,9 @@ struct TileLoops {
   }
 
   // What a group loses less when it is fitted between low and high, without the weight number `left_out`.
-  static F gain_without(const float* w, const float* diagonal, const F* loss, int64_t count, int64_t rows, F low,
-                        F high, F left_out, F most) {
-    const Fit f = fit(low, high, most);
+  static F gain_without(const SpqrColumns& p, const float* w, const float* diagonal, const F* loss, int64_t count,
+                        int64_t rows, F low, F high, F left_out, F most) {
+    const Fit f = fit(p, low, high, most);
     F gain = V::set(0.0f);
     for (int64_t l = 0; l < count; ++l) {
       const F now = loss_of(V::load(w + l * rows), f, most, V::set(diagonal[l]));
@@ -146,15 +147,15 @@ struct TileLoops {
       low_at = V::select(lower, at, low_at);
       high_at = V::select(higher, at, high_at);
     }
-    const Fit whole = fit(low, high, most);
+    const Fit whole = fit(p, low, high, most);
     if (!p.leave_one_out || !(p.threshold < INFINITY)) return whole;
 
     // Without a weight between the ends the fit stays what it is, and the gain is that weight's loss: two fits, without
     // the lowest and without the highest, tell all.
     F loss[kMaxBlockColumns];
     for (int64_t l = 0; l < count; ++l) loss[l] = loss_of(V::load(w + l * rows), whole, most, V::set(diagonal[l]));
-    const F gain_low = gain_without(w, diagonal, loss, count, rows, next_low, high, low_at, most);
-    const F gain_high = gain_without(w, diagonal, loss, count, rows, low, next_high, high_at, most);
+    const F gain_low = gain_without(p, w, diagonal, loss, count, rows, next_low, high, low_at, most);
+    const F gain_high = gain_without(p, w, diagonal, loss, count, rows, low, next_high, high_at, most);
     const F threshold = V::set(p.threshold);
     F kept_low = V::set(INFINITY), kept_high = V::set(-INFINITY);
     for (int64_t l = 0; l < count; ++l) {
@@ -165,7 +166,7 @@ struct TileLoops {
       kept_high = V::select(likely, kept_high, V::max(v, kept_high));
     }
     const M none = V::greater(kept_low, kept_high);
-    return fit(V::select(none, low, kept_low), V::select(none, high, kept_high), most);
+    return fit(p, V::select(none, low, kept_low), V::select(none, high, kept_high), most);
   }
 
   // Stores the statistics of the tile's rows for group g, and leaves in scratch what they decode to.

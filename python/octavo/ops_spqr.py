@@ -155,8 +155,9 @@ def spqr_quantize_columns(
     are: ``scale = (max - min) / (2**bits - 1)``, ``zero = -min / scale``, where `leave_one_out` leaves out those
     weights without which the group's loss ``sum e**2`` is lower by more than the threshold.
 
-    A group more than 16 of its ranges away from 0, constant ones included, is fitted with 0 in its range: a constant is
-    code 0 or the highest. Scales that are not positive give value 0, or nearly.
+    A group more than 16 of its ranges away from 0 (one with a second level, where a zero point far from the others
+    would cost them theirs), constant ones included, is fitted with 0 in its range: a constant is code 0 or the
+    highest. Scales that are not positive give value 0, or nearly.
 
     Args:
         weight: fp32 [n, k], finite, k a multiple of group_size and at most 128; a CPU tensor. The errors of columns

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-_FAR = 16.0  # a group farther from 0 than this many of its ranges is fitted with 0 in the range
+_FAR = {False: 16.0, True: 1.0}  # a group farther from 0 than so many of its ranges is fitted with 0; two levels: 1
 _MIN_SCALE = 2.0**-100
 
 
@@ -19,10 +19,10 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(usable, 1.0 / torch.where(usable, scale, 1.0), 0.0)
 
 
-def _fit(low: Tensor, high: Tensor, most: float) -> tuple[Tensor, Tensor]:
+def _fit(low: Tensor, high: Tensor, most: float, far: float) -> tuple[Tensor, Tensor]:
     """scale = (high - low) / most, zero = -low / scale; see csrc/spqr/columns_loops.h for ranges far from 0."""
-    far = torch.maximum(low, -high) > _FAR * (high - low)
-    low, high = torch.where(far, low.clamp_max(0.0), low), torch.where(far, high.clamp_min(0.0), high)
+    wide = torch.maximum(low, -high) > far * (high - low)
+    low, high = torch.where(wide, low.clamp_max(0.0), low), torch.where(wide, high.clamp_min(0.0), high)
     scale = (high - low) / most
     return scale, -low * _inverse(scale)
 
@@ -31,19 +31,19 @@ def _code(w: Tensor, scale: Tensor, zero: Tensor, most: float) -> Tensor:
     return (w * _inverse(scale) + zero).round().clamp(0.0, most)
 
 
-def _losses(group: Tensor, diagonal: Tensor, low: Tensor, high: Tensor, most: float) -> Tensor:
-    scale, zero = _fit(low, high, most)
+def _losses(group: Tensor, diagonal: Tensor, low: Tensor, high: Tensor, most: float, far: float) -> Tensor:
+    scale, zero = _fit(low, high, most, far)
     value = scale[:, None] * (_code(group, scale[:, None], zero[:, None], most) - zero[:, None])
     return ((group - value) / diagonal).square()
 
 
-def _likely_outliers(group: Tensor, diagonal: Tensor, threshold: float, most: float) -> Tensor:
+def _likely_outliers(group: Tensor, diagonal: Tensor, threshold: float, most: float, far: float) -> Tensor:
     """Which weights, left out of their group, lower its loss by more than the threshold."""
-    now = _losses(group, diagonal, group.amin(1), group.amax(1), most)
+    now = _losses(group, diagonal, group.amin(1), group.amax(1), most, far)
     gains = torch.empty_like(group)
     for left_out in range(group.shape[1]):
         others = torch.cat((group[:, :left_out], group[:, left_out + 1 :]), 1)
-        then = _losses(group, diagonal, others.amin(1), others.amax(1), most)
+        then = _losses(group, diagonal, others.amin(1), others.amax(1), most, far)
         gain = torch.zeros_like(group[:, 0])
         for column in range(group.shape[1]):
             gain = gain + (now[:, column] if column == left_out else now[:, column] - then[:, column])
@@ -52,15 +52,15 @@ def _likely_outliers(group: Tensor, diagonal: Tensor, threshold: float, most: fl
 
 
 def _fit_group(
-    group: Tensor, diagonal: Tensor, threshold: float, leave_one_out: bool, most: float
+    group: Tensor, diagonal: Tensor, threshold: float, leave_one_out: bool, most: float, far: float
 ) -> tuple[Tensor, Tensor]:
     low, high = group.amin(1), group.amax(1)
     if leave_one_out and threshold < math.inf:
-        likely = _likely_outliers(group, diagonal, threshold, most)
+        likely = _likely_outliers(group, diagonal, threshold, most, far)
         none = likely.all(1)
         low = torch.where(none, low, group.masked_fill(likely, math.inf).amin(1))
         high = torch.where(none, high, group.masked_fill(likely, -math.inf).amax(1))
-    return _fit(low, high, most)
+    return _fit(low, high, most, far)
 
 
 def _second_level(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,7 +104,9 @@ def spqr_quantize_columns(
         group, within = divmod(column, group_size)
         if within == 0:
             columns = slice(column, column + group_size)
-            scale, zero = _fit_group(w[:, columns], diagonal[columns], threshold, leave_one_out, most)
+            scale, zero = _fit_group(
+                w[:, columns], diagonal[columns], threshold, leave_one_out, most, _FAR[scale_bits > 0]
+            )
             if scale_bits:
                 for tile in range(tiles):
                     rows = slice(tile * stats_group_size, (tile + 1) * stats_group_size)
