@@ -9,8 +9,9 @@ import octavo
 import pytest
 import torch
 from octavo import serialization
-from octavo.nn import Int8Linear
+from octavo.nn import Int8Linear, SpQRLinear
 from safetensors.torch import load_file, save_file
+from spqr_weights import random_weight
 from torch import nn
 
 IDS = torch.arange(30).reshape(3, 10)
@@ -103,7 +104,8 @@ def test_the_directory_holds_json_and_safetensors_only(saved):
     assert manifest["format_version"] == 1
     assert manifest["octavo_version"] == octavo.__version__
     assert manifest["model"] == {"class": "Model", "transformers": False}
-    up = {"in_features": 24, "out_features": 40, "bias": True, "threshold": 6.0, "kept_columns": 0}
+    up = {"in_features": 24, "out_features": 40, "bias": True, "threshold": 6.0, "kept_columns": 0, "method": "int8"}
+    assert manifest["method"] == "int8"
     assert manifest["modules"]["up"] == up
     assert set(manifest["modules"]) == {"up", "down", "alias"}
 
@@ -185,7 +187,7 @@ def test_what_cannot_be_saved(tmp_path):
         octavo.save_quantized(model, tmp_path / "saved")
     with pytest.raises(ValueError, match=r"embed\.weight is on the meta device"):
         octavo.save_quantized(quantized().to("meta"), tmp_path / "saved")
-    with pytest.raises(ValueError, match="itself an Int8Linear"):
+    with pytest.raises(ValueError, match="itself a quantized layer, Int8Linear"):
         octavo.save_quantized(Int8Linear(2, 2), tmp_path / "saved")
     assert os.listdir(tmp_path) == []
 
@@ -315,3 +317,97 @@ def test_a_manifest_cannot_name_any_class(saved):
         reseal(saved, lambda m, name=name: m.update(model={"class": name, "transformers": True}))
         with pytest.raises(ValueError, match=f"has no model class '{name}'"):
             octavo.load_quantized(saved)
+
+
+# ---- SpQR ----------------------------------------------------------------------------------------------------------
+
+
+class Wide(Model):
+    def __init__(self):
+        super().__init__(width=32)
+        self.down = nn.Linear(48, 32, bias=False)
+        self.up = nn.Linear(32, 48)
+        self.alias = self.down
+
+
+def spqr_model(mixed=False, **options):
+    torch.manual_seed(0)
+    model = Wide().eval()
+    model.up = SpQRLinear.from_weight(random_weight(48, 32, outliers=0.1, **options), model.up.bias)
+    if mixed:
+        model.down = Int8Linear.from_linear(model.down)
+    else:
+        model.down = SpQRLinear.from_weight(random_weight(32, 48, bits=4, bilevel=False, perm=False))
+    model.alias = model.down
+    return model
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("target", ["factory", "meta", "other"])
+def test_spqr_round_trip(tmp_path, mixed, target):
+    model = spqr_model(mixed, stats_group_size=32, scale_bits=4, zero_bits=2)
+    octavo.save_quantized(model, tmp_path / "saved")
+    manifest = json.loads((tmp_path / "saved" / "octavo.json").read_text())
+    assert manifest["method"] == ("mixed" if mixed else "spqr")
+    assert manifest["format_version"] == 1
+    sizes = {"in_features": 32, "out_features": 48, "bias": True}
+    options = {"bits": 3, "group_size": 16, "stats_group_size": 32, "scale_bits": 4, "zero_bits": 2}
+    found = {"bilevel": True, "perm": True, "outliers": model.up.outlier_count}
+    assert manifest["modules"]["up"] == {"method": "spqr", **sizes, **options, **found}
+    with torch.device("meta"):
+        meta = Wide()
+    meta.scale = torch.tensor(0.5)
+    given = {"factory": Wide, "meta": meta, "other": spqr_model(seed=5)}[target]
+    loaded = octavo.load_quantized(tmp_path / "saved", given)
+    assert_same_model(loaded, model)
+    assert loaded.up.options == model.up.options
+    assert type(loaded.down) is type(model.down)
+    assert loaded.alias is loaded.down
+    assert loaded.up.bias.requires_grad
+    assert torch.equal(loaded.eval()(IDS), model(IDS))
+
+
+def test_directories_of_before_spqr_are_read(saved):
+    reseal(saved, lambda m: [config.pop("method") for config in m["modules"].values()] and None)
+    assert_same_model(octavo.load_quantized(saved, Model), quantized())
+
+
+BAD_SPQR = {
+    "bits": (lambda m: m.update(bits=5), "module 'up': bits must be 2, 3 or 4, got 5"),
+    "stats": (lambda m: m.update(stats_group_size=0), "module 'up': stats_group_size must be a multiple of 16, got 0"),
+    "width": (lambda m: m.update(in_features=40), "module 'up': in_features must be a multiple of group_size 16"),
+    "sign": (lambda m: m.update(out_features=-48), "module 'up': in_features and out_features are 32 and -48"),
+    "type": (lambda m: m.update(bilevel=1), "module 'up' has bilevel = 1"),
+    "absent": (lambda m: m.pop("zero_bits"), "module 'up' has zero_bits = None"),
+    "method": (lambda m: m.update(method="nf4"), "module 'up' has method = 'nf4'"),
+    "int8": (lambda m: m.update(method="int8"), "module 'up' has threshold = None"),
+    "outliers": (lambda m: m.update(outliers=7), r"up: has \d+ outliers, not 7"),
+    "perm": (lambda m: m.update(perm=False), r"up: has tensors .*octavo\.json says"),
+    "split": (lambda m: m.update(scale_bits=4), r"up: statistics must be uint8 \[3, 2, 14\], got uint8 \[3, 2, 12\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SPQR)
+def test_bad_spqr_manifest(tmp_path, case):
+    change, message = BAD_SPQR[case]
+    octavo.save_quantized(spqr_model(), tmp_path / "saved")
+    reseal(tmp_path / "saved", lambda m: change(m["modules"]["up"]) and None)
+    model = Wide()
+    with pytest.raises(ValueError, match=message):
+        octavo.load_quantized(tmp_path / "saved", model)
+    assert type(model.up) is nn.Linear
+
+
+def test_spqr_values_are_checked_before_saving_and_loading(tmp_path):
+    model = spqr_model()
+    octavo.save_quantized(model, tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "octavo.safetensors")
+    tensors["up.row_offsets"][3] = -1
+    save_file(tensors, tmp_path / "saved" / "octavo.safetensors")
+    reseal(tmp_path / "saved")
+    with pytest.raises(ValueError, match="up: row_offsets decrease at row 2"):
+        octavo.load_quantized(tmp_path / "saved", Wide())
+    model.up.unit.zero_()
+    with pytest.raises(ValueError, match=r"up: unit must be one positive number, got \[0.0\]"):
+        octavo.save_quantized(model, tmp_path / "again")
+    assert os.listdir(tmp_path) == ["saved"]

@@ -1,6 +1,7 @@
 #pragma once
-// AMX int8 tiles: 16 rows of 64 bytes. With OCTAVO_AMX_EMULATE the same names compute in plain C++, so that a kernel
-// written on them is checked on machines without AMX. Tiles are named by constants, as the instructions want them.
+// AMX tiles: 16 rows of 64 bytes, of int8 or pairs of bf16. With OCTAVO_AMX_EMULATE the same names compute in plain
+// C++, so that a kernel written on them is checked on machines without AMX. Tiles are named by constants, as the
+// instructions want them.
 #include <cstdint>
 #include <cstring>
 
@@ -36,6 +37,26 @@ void amx_multiply() {
       std::memcpy(&sum, amx_tiles[kAcc].bytes[r] + 4 * c, 4);
       for (int q = 0; q < 16; ++q)
         for (int i = 0; i < 4; ++i) sum += amx_tiles[kA].bytes[r][4 * q + i] * amx_tiles[kB].bytes[q][4 * c + i];
+      std::memcpy(amx_tiles[kAcc].bytes[r] + 4 * c, &sum, 4);
+    }
+}
+// tdpbf16ps: acc[r][c] += sum over q < 16, i < 2 of a[r][2 q + i] * b[q][2 c + i], in fp32
+template <int kAcc, int kA, int kB>
+void amx_multiply_bf16() {
+  const auto element = [](const AmxTile& tile, int row, int i) {
+    uint16_t half;
+    std::memcpy(&half, tile.bytes[row] + 2 * i, 2);
+    const uint32_t bits = static_cast<uint32_t>(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  };
+  for (int r = 0; r < 16; ++r)
+    for (int c = 0; c < 16; ++c) {
+      float sum;
+      std::memcpy(&sum, amx_tiles[kAcc].bytes[r] + 4 * c, 4);
+      for (int q = 0; q < 16; ++q)
+        for (int i = 0; i < 2; ++i) sum += element(amx_tiles[kA], r, 2 * q + i) * element(amx_tiles[kB], q, 2 * c + i);
       std::memcpy(amx_tiles[kAcc].bytes[r] + 4 * c, &sum, 4);
     }
 }
@@ -75,6 +96,10 @@ void amx_store(void* to, int64_t stride) {
 template <int kAcc, int kA, int kB>
 void amx_multiply() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kAcc), "i"(kA), "i"(kB));
+}
+template <int kAcc, int kA, int kB>
+void amx_multiply_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kAcc), "i"(kA), "i"(kB));
 }
 
 }  // namespace

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  loads the libraries that _C links to
 
-from . import _C, nn, optim, reference
+from . import _C, nn, optim, reference, spqr
 from ._version import __version__
-from .autograd import int8_linear_train, int8_matmul
+from .autograd import int8_linear_train, int8_matmul, spqr_matmul
 from .ops import (
     dequantize_blockwise,
     dequantize_rowwise,
@@ -63,8 +63,10 @@ __all__ = [
     "quantize_tensorwise",
     "reference",
     "save_quantized",
+    "spqr",
     "spqr_dequantize",
     "spqr_linear",
+    "spqr_matmul",
     "spqr_quantize_columns",
 ]
 

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._frozen import FLOATS as _FLOATS
+from ._frozen import FrozenBuffers
+from ._frozen import dtype_name as _dtype
 from .autograd import int8_matmul
+from .nn_spqr import SpQRLinear
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+__all__ = ["Int8Linear", "SpQRLinear", "StableEmbedding", "check_state", "check_threshold", "check_weight"]
 
 
 def check_threshold(threshold: float) -> float:
@@ -68,10 +72,6 @@ def check_state(state: Mapping[str, Tensor], in_features: int, out_features: int
     return errors
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _column_ids(columns: Tensor | Sequence[int], k: int) -> Tensor:
     ids = torch.as_tensor(columns, device="cpu")
     if ids.numel() == 0:
@@ -92,7 +92,7 @@ def _narrowest(values: Tensor) -> Tensor:
     return values
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(FrozenBuffers):
     """`torch.nn.Linear` with an int8 weight, computed by LLM.int8() (arXiv 2208.07339): see `octavo.int8_matmul`.
 
     ``y = x @ (weight * weight_scale[:, None]).T + bias``, with x quantized row by row to int8 except for its outlier
@@ -204,16 +204,6 @@ class Int8Linear(nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", threshold={self.threshold}"
         return f"{text}, kept_columns={self.kept_columns}" if self.kept_columns else text
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        # Moves follow fn; dtype changes stop at the bias. A scale that went through fp16 would be another weight.
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if moved is not None and moved.dtype is not buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def _load_from_state_dict(
         self,

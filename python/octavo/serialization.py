@@ -3,10 +3,12 @@
 ``octavo.safetensors``
     The state dict; tensors that are tied are stored once.
 ``octavo.json``
-    ``format_version``, ``octavo_version``, ``method``; ``modules``: for every quantized module by its name,
-    ``in_features``, ``out_features``, ``bias``, ``threshold``, ``kept_columns``; ``tied``: name of a tensor to the name
-    that it is stored under; ``tensors``: ``bytes`` and ``sha256`` of the file above; ``model``: ``class``, and
-    ``transformers``: whether that is a class of transformers.
+    ``format_version``, ``octavo_version``; ``method``: "int8", "spqr" or, for a model with both, "mixed"; ``modules``:
+    for every quantized module by its name ``method`` (where it is absent, the one above), ``in_features``,
+    ``out_features``, ``bias``, and for int8 ``threshold`` and ``kept_columns``, for spqr ``bits``, ``group_size``,
+    ``stats_group_size``, ``scale_bits``, ``zero_bits``, ``bilevel`` and ``perm`` (whether there are such tensors),
+    ``outliers`` (how many); ``tied``: name of a tensor to the name that it is stored under; ``tensors``: ``bytes`` and
+    ``sha256`` of the file above; ``model``: ``class``, and ``transformers``: whether that is a class of transformers.
 ``config.json``, ``generation_config.json``
     Of a transformers model.
 """
@@ -18,7 +20,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ._kinds import KINDS, MODULES, configuration, method_of
 from ._version import __version__
-from .nn import Int8Linear, check_state, check_threshold
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "octavo.safetensors", "octavo.json"
@@ -88,7 +90,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write a model that holds `octavo.nn.Int8Linear` modules to `directory`, for `load_quantized`.
+    """Write a model that holds `octavo.nn.Int8Linear` or `SpQRLinear` modules to `directory`, for `load_quantized`.
 
     It is written beside `directory` and renamed at the end: an interruption leaves nothing half-written. Tied tensors
     are stored once.
@@ -99,18 +101,23 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
         overwrite: replace a directory that `save_quantized` wrote before.
 
     Raises:
-        ValueError: no `Int8Linear` in the model, a tensor on the meta device, quantized state with NaN or Inf.
+        ValueError: no quantized module in the model, a tensor on the meta device, quantized state that is not sound
+            (NaN or Inf, or what `octavo.spqr.SpQRWeight.validate` finds).
         FileExistsError, FileNotFoundError: see `directory`.
     """
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Int8Linear)}
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, MODULES)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no octavo.nn.Int8Linear; call octavo.quantize_model first")
+        names = " or ".join(module.__name__ for module in MODULES)
+        raise ValueError(f"{type(model).__name__} holds no octavo.nn.{names}; call octavo.quantize_model first")
     if "" in layers:
-        raise ValueError("the model is itself an Int8Linear; save its state_dict, or a model that holds it")
+        itself = type(model).__name__
+        raise ValueError(f"the model is itself a quantized layer, {itself}: save its state_dict, or a model with it")
     tensors, tied = _tensors_to_write(model)
+    modules = {name: {"method": method_of(layer)} | configuration(layer) for name, layer in layers.items()}
     for name, layer in layers.items():
-        if errors := check_state(layer.state_dict(), layer.in_features, layer.out_features):
+        if errors := KINDS[modules[name]["method"]].check(layer.state_dict(), modules[name]):
             raise ValueError(f"{name}: {errors[0]}")
+    methods = {config["method"] for config in modules.values()}
     transformers_model = _is_transformers_model(model)
     with new_directory(directory, overwrite) as path:
         save_file(tensors, path / _TENSORS, metadata={"format": "pt"})
@@ -119,10 +126,10 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
         manifest = {
             "format_version": FORMAT_VERSION,
             "octavo_version": __version__,
-            "method": "int8",
+            "method": methods.pop() if len(methods) == 1 else "mixed",
             "model": {"class": type(model).__name__, "transformers": transformers_model},
             "tensors": {"bytes": (path / _TENSORS).stat().st_size, "sha256": _sha256(path / _TENSORS)},
-            "modules": {name: _module_config(layer) for name, layer in layers.items()},
+            "modules": modules,
             "tied": tied,
         }
         (path / _MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -151,16 +158,6 @@ def _tensors_to_write(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
             storages.add(storage)
         tensors[name] = tensor.cpu().contiguous()
     return tensors, tied
-
-
-def _module_config(layer: Int8Linear) -> dict[str, Any]:
-    return {
-        "in_features": layer.in_features,
-        "out_features": layer.out_features,
-        "bias": layer.bias is not None,
-        "threshold": layer.threshold,
-        "kept_columns": layer.kept_columns,
-    }
 
 
 def _sha256(path: Path) -> str:
@@ -247,7 +244,7 @@ def load_quantized(
     Raises:
         FileNotFoundError: the directory or a file in it is missing.
         ValueError: an unknown format version or method, a manifest or tensor file that is damaged or truncated or do
-            not fit together or the model, scales that are NaN or Inf.
+            not fit together or the model, scales that are NaN or Inf, SpQR tensors that kernels cannot trust.
     """
     path = Path(directory)
     manifest = _read_manifest(path)
@@ -262,11 +259,12 @@ def load_quantized(
         model = model()
     _check_fit(path, model, manifest, tensors)
 
-    layers: dict[nn.Module, Int8Linear] = {}  # a shared module stays shared
+    layers: dict[nn.Module, nn.Module] = {}  # a shared module stays shared
     for name, config in manifest["modules"].items():
         current = model.get_submodule(name)
         if current not in layers:
-            layers[current] = _empty_layer(config, tensors, name).train(current.training)
+            dtype = tensors[f"{name}.bias"].dtype if config["bias"] else None
+            layers[current] = KINDS[config["method"]].build(config, dtype).train(current.training)
         model.set_submodule(name, layers[current])
     model.load_state_dict(tensors, assign=True)
     _tie(model, manifest["tied"])
@@ -287,16 +285,21 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{where} has format_version {version!r}; octavo {__version__} reads {FORMAT_VERSION}")
-    if manifest.get("method") != "int8":
-        raise ValueError(f"{where} has method {manifest.get('method')!r}; octavo {__version__} knows 'int8'")
+    if (method := manifest.get("method")) not in (*KINDS, "mixed"):
+        known = ", ".join(map(repr, (*KINDS, "mixed")))
+        raise ValueError(f"{where} has method {method!r}; octavo {__version__} knows {known}")
     _check_keys(where, "the manifest", manifest, {"model": dict, "tensors": dict, "modules": dict, "tied": dict})
     _check_keys(where, "model", manifest["model"], {"class": str, "transformers": bool})
     _check_keys(where, "tensors", manifest["tensors"], {"bytes": int, "sha256": str})
-    keys = {"in_features": int, "out_features": int, "bias": bool, "threshold": (int, float), "kept_columns": int}
+    keys = {"in_features": int, "out_features": int, "bias": bool}
     for name, config in manifest["modules"].items():
         _check_keys(where, f"module {name!r}", config, keys)
+        if config.setdefault("method", method) not in KINDS:
+            raise ValueError(f"{where}: module {name!r} has method = {config['method']!r}")
+        kind = KINDS[config["method"]]
+        _check_keys(where, f"module {name!r}", config, kind.keys)
         try:
-            check_threshold(config["threshold"])
+            kind.check_config(config)
         except ValueError as error:
             raise ValueError(f"{where}: module {name!r}: {error}") from None
     for name, source in manifest["tied"].items():
@@ -332,23 +335,20 @@ def _read_tensors(path: Path, manifest: dict[str, Any], device: torch.device) ->
     return tensors | {name: tensors[source] for name, source in manifest["tied"].items()}
 
 
-def _layer_state(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    keys = ("weight", "weight_scale", "bias", "outlier_slot", "outlier_weight")
+def _layer_state(tensors: dict[str, Tensor], name: str, keys: Iterable[str]) -> dict[str, Tensor]:
     return {key: tensors[f"{name}.{key}"] for key in keys if f"{name}.{key}" in tensors}
 
 
 def _check_modules(path: Path, modules: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
     """Every quantized module's tensors are there, as the manifest describes them."""
     for name, config in modules.items():
-        state = _layer_state(tensors, name)
-        errors = check_state(state, config["in_features"], config["out_features"])
-        wanted = {"weight", "weight_scale"} | ({"bias"} if config["bias"] else set())
-        if config["kept_columns"]:
-            wanted |= {"outlier_slot", "outlier_weight"}
+        kind = KINDS[config["method"]]
+        state = _layer_state(tensors, name, kind.tensors)
+        wanted = kind.names(config)
         if wanted != set(state):
-            errors.append(f"has tensors {sorted(state)}, {_MANIFEST} says {sorted(wanted)}")
-        elif config["kept_columns"] and (slots := state["outlier_weight"].shape[0]) != config["kept_columns"]:
-            errors.append(f"has {slots} kept columns, {_MANIFEST} says {config['kept_columns']}")
+            errors = [f"has tensors {sorted(state)}, {_MANIFEST} says {sorted(wanted)}"]
+        else:
+            errors = kind.check(state, config)
         if errors:
             raise ValueError(f"{path / _TENSORS}: {name}: {errors[0]}")
 
@@ -362,13 +362,13 @@ def _check_fit(path: Path, model: nn.Module, manifest: dict[str, Any], tensors: 
         except AttributeError:
             raise ValueError(f"{path} holds a layer {name}, which {type(model).__name__} does not have") from None
         saved = (config["in_features"], config["out_features"], config["bias"])
-        if not isinstance(layer, (nn.Linear, Int8Linear)):
+        if not isinstance(layer, (nn.Linear, *MODULES)):
             raise ValueError(f"{path}: {name} is a {type(layer).__name__} in {type(model).__name__}, not a Linear")
         if (found := (layer.in_features, layer.out_features, layer.bias is not None)) != saved:
             raise ValueError(f"{path}: {name} has (in_features, out_features, bias) = {saved}, the model's has {found}")
-        for key in _layer_state(mine, name):
-            del mine[f"{name}.{key}"]
-    quantized = {f"{name}.{key}" for name in manifest["modules"] for key in _layer_state(tensors, name)}
+        for key in layer.state_dict():
+            mine.pop(f"{name}.{key}", None)
+    quantized = {f"{name}.{key}" for name, config in manifest["modules"].items() for key in _names(config)}
     for name in sorted((tensors.keys() - quantized) ^ mine.keys()):
         owner = f"{path / _TENSORS} has" if name in tensors else f"{type(model).__name__} has"
         other = type(model).__name__ if name in tensors else "the file"
@@ -382,10 +382,8 @@ def _check_fit(path: Path, model: nn.Module, manifest: dict[str, Any], tensors: 
             raise ValueError(f"{path / _TENSORS}: {name} has shape {saved_shape}, the model's has {shape}")
 
 
-def _empty_layer(config: dict[str, Any], tensors: dict[str, Tensor], name: str) -> Int8Linear:
-    dtype = tensors[f"{name}.bias"].dtype if config["bias"] else None
-    n, k = config["out_features"], config["in_features"]
-    return Int8Linear(k, n, config["bias"], config["threshold"], device="meta", dtype=dtype)
+def _names(config: dict[str, Any]) -> set[str]:
+    return KINDS[config["method"]].names(config)
 
 
 def _tie(model: nn.Module, tied: dict[str, str]) -> None:

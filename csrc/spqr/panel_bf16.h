@@ -1,0 +1,74 @@
+#pragma once
+// Panels of a dequantized weight as pairs of bf16, [pair][row of the tile]: what a vdpbf16ps takes, and at the same
+// time a right operand of an AMX tile. After the target pragma of an AVX512-BF16 file.
+#include "spqr/spqr_loops.h"
+
+namespace octavo::cpu::avx512 {
+namespace {
+
+using Plain = Spqr<SpqrVec>;
+
+constexpr int64_t kPanelTiles = 8, kPanelColumns = 512;
+constexpr int64_t kPanelWords = kPanelColumns / 2 * kTileRows16, kStride = kPanelTiles * kTileRows16;
+
+// Even and odd columns of 16 rows as 16 words.
+__attribute__((always_inline)) inline __m512i to_pairs(__m512 even, __m512 odd) {
+  const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(0x00100000),
+                                         _mm512_mullo_epi32(Vec::lane_ids(), _mm512_set1_epi32(0x00010001)));
+  return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+}
+
+struct PanelScratch {
+  alignas(64) uint32_t panel[kPanelTiles * kPanelWords];
+  alignas(64) float sums[kSpqrRowBlock * kStride];
+  alignas(64) float scale[kPanelColumns / 16][kTileRows16], zero[kPanelColumns / 16][kTileRows16];
+  int64_t next[kPanelTiles][kTileRows16];
+};
+
+template <int kBits>
+void fill_panel(const SpqrWeight& w, int64_t tile, int64_t column, int64_t count, int64_t* next, PanelScratch& s,
+                uint32_t* panel) {
+  for (int64_t half = column / 16; half < (column + count) / 16; ++half) {
+    const Plain::Statistics of_group = Plain::statistics(w, tile, half * 16 / w.group_size, 0);
+    Plain::store(s.scale[half - column / 16], of_group.scale);
+    Plain::store(s.zero[half - column / 16], of_group.zero);
+    uint32_t* to = panel + (half * 8 - column / 2) * kTileRows16;
+    const int first = half % 2 * 8;
+    const auto each = [&](int e, const Plain::F& even, const Plain::F& odd) {
+      const Plain::F a = Plain::mul(Plain::sub(even, of_group.zero), of_group.scale);
+      const Plain::F b = Plain::mul(Plain::sub(odd, of_group.zero), of_group.scale);
+      _mm512_store_si512(to + (e - first) * kTileRows16, to_pairs(a.v[0], b.v[0]));
+    };
+    const uint32_t* words = spqr_codes(w, tile, half / 2);
+    if (half % 2 == 0)
+      Plain::decode_half<kBits, 0>(words, 0, each);
+    else
+      Plain::decode_half<kBits, 1>(words, 0, each);
+  }
+  if (!w.row_offsets) return;
+  for (int64_t r = 0; r < kTileRows16 && tile * kTileRows16 + r < w.n; ++r) {
+    const int64_t end = w.row_offsets[tile * kTileRows16 + r + 1];
+    for (; next[r] < end; ++next[r]) {
+      const SpqrOutlier outlier = spqr_outlier(w, next[r]);
+      const int64_t j = outlier.column - column;
+      if (j >= count) break;
+      // The sum is rounded once, so the dense value is computed again.
+      const uint32_t* words = spqr_codes(w, tile, outlier.column / kChunk) + r;
+      const uint32_t pair = spqr_pair(kBits, words, kTileRows16, static_cast<int>(outlier.column % kChunk / 2));
+      const float code = static_cast<float>(pair >> (outlier.column % 2 * 16) & 0xffffu);
+      const float dense = (code - s.zero[j / 16][r]) * s.scale[j / 16][r];
+      const BFloat16 value = from_float<BFloat16>(dense + outlier.value);
+      __builtin_memcpy(reinterpret_cast<uint16_t*>(panel + j / 2 * kTileRows16 + r) + j % 2, &value, sizeof value);
+    }
+  }
+}
+
+// A panel of kPanelTiles tiles and their outliers, columns [column, column + count).
+inline __attribute__((always_inline)) void fill_panels(const SpqrWeight& w, int64_t tile, int64_t tiles, int64_t column,
+                                                       int64_t count, PanelScratch& s) {
+  const auto fill = w.bits == 2 ? fill_panel<2> : w.bits == 3 ? fill_panel<3> : fill_panel<4>;
+  for (int64_t t = 0; t < tiles; ++t) fill(w, tile + t, column, count, s.next[t], s, s.panel + t * kPanelWords);
+}
+
+}  // namespace
+}  // namespace octavo::cpu::avx512
