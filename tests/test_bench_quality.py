@@ -156,7 +156,7 @@ def test_embeddings_are_of_all_tokens_and_unit_length():
     [
         (["--text", "learn.txt"], "must be different texts"),
         (["--text", "judge.txt", "--models", "huge"], "knows plain, dithered and minilm, not huge"),
-        (["--text", "judge.txt", "--methods", "AWQ"], "no row begins with AWQ"),
+        (["--text", "judge.txt", "--methods", "AWQ"], "no row is called AWQ; there are fp32, RTN-3 g16"),
     ],
 )
 def test_refuses(arguments, message, capsys):
