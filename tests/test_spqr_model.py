@@ -93,6 +93,27 @@ def test_inputs_go_through_what_is_quantized_already(llama, ids):
             assert torch.equal(layer.weight, same), (block, name)
 
 
+def test_packed_modules_stand_for_the_simulated_weights(llama, ids, tmp_path):
+    dense, expected = quantized(llama, ids, outlier_fraction=0.01)
+    model = copy.deepcopy(llama).train()
+    report = octavo.quantize_model(model, "spqr", calibration=ids, progress=False, outlier_fraction=0.01)
+    for layer, simulated in zip(report.layers, expected.layers, strict=True):
+        module = model.get_submodule(layer.name)
+        assert type(module) is octavo.nn.SpQRLinear and module.training
+        assert torch.equal(module.packed_weight.dequantize(), dense.get_submodule(layer.name).weight)
+        assert layer.real_bits == simulated.real_bits == module.real_bits
+        assert layer.nominal_bits == simulated.nominal_bits == module.nominal_bits
+        assert layer.bytes_after == layer.real_bits * module.in_features * module.out_features / 8
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, dense(ids).logits, rtol=1e-3, atol=1e-4)
+    octavo.save_quantized(model, tmp_path / "model")
+    loaded = octavo.load_quantized(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="group_size 128 has no packed form"):
+        octavo.quantize_model(llama, "gptq", calibration=ids, group_size=128)
+
+
 def test_order_of_methods(llama, ids):
     """Errors on the calibration data, the first block's: they are what each method minimizes."""
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from .spqr import SpQRCodes, SpQRConfig
 
-METHODS = ("int8", "spqr", "gptq", "rtn")
+METHODS = ("int8",)  # what needs the weights alone, one at a time
+BLOCK_METHODS = ("spqr", "gptq", "rtn")  # what runs the model, or may
 _MAX_K = 131071  # csrc/int8/gemm.h: beyond it a sum of int8 products can leave int32
 
 
@@ -174,15 +175,16 @@ def quantize_model(
     """Quantize the `torch.nn.Linear` modules of `model`, in place.
 
     Method "int8" replaces them by `octavo.nn.Int8Linear` (LLM.int8(), 2208.07339) and needs no data. "spqr" (SpQR,
-    2306.03078: 2 to 4 bits, and outliers), "gptq" (2210.17323) and "rtn" (round to nearest) go block by block, each on
-    what the quantized blocks before make of the calibration data; rtn needs none, and only reports errors with it. An
-    error or interruption then leaves the blocks before it quantized: load the model anew, and with `resume` go on.
+    2306.03078: 2 to 4 bits, and outliers), "gptq" (2210.17323) and "rtn" (round to nearest) make
+    `octavo.nn.SpQRLinear` modules. They go block by block, each on what the quantized blocks before make of the
+    calibration data; rtn needs none, and only reports errors with it. An error or interruption then leaves the blocks
+    before it quantized: load the model anew, and with `resume` go on.
 
     Only modules whose type is exactly `torch.nn.Linear` are replaced: what a subclass adds would be lost. A module
     that appears under several names is converted once and stays shared. Left alone, and named in the report: layers in
-    `skip`, layers whose weight is also used elsewhere (a head tied to its embedding), layers with hooks, layers wider
-    than 131071. Everything is checked before anything is changed; then the layers are converted one by one, each
-    freed before the next.
+    `skip`, layers whose weight is also used elsewhere (a head tied to its embedding), layers with hooks, for int8
+    layers wider than 131071. Weights and settings are checked before anything is changed; then the layers are converted
+    one by one, each freed before the next.
 
     Args:
         model: weights fp32, fp16 or bf16, on any device.
@@ -215,8 +217,8 @@ def quantize_model(
             or with threshold 0; no calibration data, too short a text, columns that the group size does not divide, a
             Hessian that is 0 or not positive definite, a `resume` directory of another quantization.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if method not in METHODS + BLOCK_METHODS:
+        raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS + BLOCK_METHODS)}")
     others: dict[str, Any] = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outlier_fraction}
     others |= {"config": config, "context": context, "tokenizer": tokenizer, "resume": resume, "simulate": simulate}
     if method != "int8":
@@ -269,6 +271,10 @@ def _quantize_blocks(
     from .spqr.store import Store, fingerprint
 
     config = _spqr_config(method, given)
+    if config.group_size > 64 and not given["simulate"]:
+        raise ValueError(
+            f"group_size {config.group_size} has no packed form: 16, 32 and 64 have, or give simulate=True"
+        )
     if config.propagate and calibration is None:
         raise ValueError(f"method {method} needs calibration data")
     targets, skipped = _find_targets(model, skip, None)
@@ -333,8 +339,15 @@ def _spqr_config(method: str, given: Mapping[str, Any]) -> SpQRConfig:
 
 
 def _replace_by_spqr(model: nn.Module, names: Sequence[str], linear: nn.Linear, codes: SpQRCodes) -> nn.Module:
-    """The module that takes the place of `linear`, whose weight is the dequantized one already."""
-    return linear
+    """Put the packed module in the place of `linear`, under all its names."""
+    from .nn import SpQRLinear
+    from .spqr import SpQRWeight
+
+    packed = SpQRWeight.pack(codes).to(linear.weight.device)
+    new = SpQRLinear.from_weight(packed, linear.bias)
+    for name in names:
+        model.set_submodule(name, new)
+    return new
 
 
 def _stored_bits(codes: SpQRCodes) -> float:

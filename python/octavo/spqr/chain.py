@@ -190,7 +190,7 @@ def capture(model: nn.Module, chain: Chain, batches: Sequence[Batch]) -> list[li
 @contextmanager
 def for_calibration(model: nn.Module) -> Iterator[None]:
     """eval mode, no gradients, no key-value cache; afterwards as it was."""
-    training = {module: module.training for module in model.modules()}
+    training = {name: module.training for name, module in model.named_modules()}  # modules may be replaced
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     try:
@@ -202,5 +202,5 @@ def for_calibration(model: nn.Module) -> Iterator[None]:
     finally:
         if cache is not None:
             config.use_cache = cache  # type: ignore[union-attr]
-        for module, mode in training.items():
-            module.training = mode
+        for name, module in model.named_modules():
+            module.training = training.get(name, module.training)

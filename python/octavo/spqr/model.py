@@ -56,6 +56,7 @@ def quantize_layers(
         if chain is not None:
             captured = capture(model, chain, calibration)
             calls = [of_batch[0] for of_batch in captured]
+            captured = [[call.with_hidden(None) for call in of_batch] for of_batch in captured]
             for i, block in enumerate(chain.blocks):
                 outputs = work.block(block, calls, last=i + 1 == len(chain.blocks))
                 if i + 1 < len(chain.blocks):
