@@ -71,7 +71,7 @@ def invert(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def sensitivity(w: Tensor, inverse: Tensor, bits: int, group_size: int) -> Tensor:
-    """``s[i, j] = (w[i, j] - quant(w[i, j]))^2 / (2 * inverse[j, j])``, equation 2 of SpQR, [n, k].
+    """``s[i, j] = (w[i, j] - quant(w[i, j]))^2 / (2 * inverse[j, j])`` (section 3 of SpQR), [n, k].
 
     What rounding this one weight costs in the layer's squared output per token, if all others could make up for it.
     """
