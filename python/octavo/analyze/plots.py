@@ -135,7 +135,7 @@ def _against_perplexity(axis: Any, record: Mapping[str, Any], others: Sequence[M
         name = f"{Path(one['model']).name} on {Path(one['text']).name}"
         axis.plot(*whole, **style | {"markersize": 11}, markeredgecolor="black", label=name)
     axis.set(
-        title="Outlier features against perplexity\nlarge: the text; small: its windows alone, which reach less",
+        title="Outlier features against perplexity\nlarge: the text; small: each window alone",
         xlabel="perplexity",
         ylabel="outlier features, all projections",
     )
