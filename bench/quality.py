@@ -71,6 +71,7 @@ class Row:
 def methods(few: int, many: int) -> list[Method]:
     """The rows of a table: `few` calibration sequences for every method, `many` for those that gain by them."""
     spqr3, spqr4 = SpQRConfig(bits=3), SpQRConfig(bits=4)
+    less3, less4 = SpQRConfig(bits=3, damping=0.1), SpQRConfig(bits=4, damping=0.1)
     gptq3, gptq4 = SpQRConfig.gptq(3, 16), SpQRConfig.gptq(4, 64)
     return [
         Method("fp32"),
@@ -81,10 +82,13 @@ def methods(few: int, many: int) -> list[Method]:
         Method("SpQR-3 g16, no outliers", SpQRConfig(bits=3, tau=math.inf), few),
         Method("SpQR-3 g16", spqr3, few),
         Method("SpQR-4 g16", spqr4, few),
+        Method("SpQR-3 g16, damping .1", less3, few),
+        Method("SpQR-4 g16, damping .1", less4, few),
         Method("GPTQ-3 g16", gptq3, many),
         Method("GPTQ-4 g64", gptq4, many),
         Method("SpQR-3 g16", spqr3, many),
         Method("SpQR-4 g16", spqr4, many),
+        Method("SpQR-3 g16, damping .1", less3, many),
     ]
 
 
@@ -283,10 +287,10 @@ def run(console: Console, given: argparse.Namespace, wanted: Sequence[Method]) -
         "family": "quality",
         "schema": 1,
         "machine": describe_machine(),
-        "calibration": f"up to {samples} x {CONTEXT} tokens of {given.calibration.name}, evenly spread; "
-        f"of the embedder, as many in passages of {PASSAGE}",
+        "calibration": f"up to {samples} x {CONTEXT} tokens of {given.calibration.name}, evenly spread",
         "text": f"{given.windows} x {CONTEXT} tokens of {given.text.name} from token {given.skip_tokens}",
-        "passages": f"{8 * given.windows} x {PASSAGE} tokens of the same, evenly spread",
+        "passages": f"{8 * given.windows} x {PASSAGE} tokens of {given.text.name} from token {given.skip_tokens}, "
+        f"evenly spread; calibrated on as many tokens of {given.calibration.name} in such passages",
         "seed": given.seed,
         "methods": {f"{m.name}, {m.samples}": m.config.to_dict() for m in wanted if m.config is not None},
         "models": {},
@@ -333,10 +337,10 @@ def _each(
 
 
 def _table(subject: Subject, rows: Sequence[Row], record: dict[str, Any]) -> Table:
-    text = record["text"] if subject.prompt is not None else record["passages"]
-    table = Table(
-        title=f"{subject.name}: {subject.note}", caption=f"judged on {text}; calibration {record['calibration']}"
-    )
+    judged = f"judged on {record['passages']}"
+    if subject.prompt is not None:
+        judged = f"judged on {record['text']}; calibrated on {record['calibration']}"
+    table = Table(title=f"{subject.name}: {subject.note}", caption=judged)
     table.add_column("method")
     headings = ("sequences", "nominal bits", "real bits", "outliers", subject.measure, "perplexity", "decode tok/s")
     for heading in (*headings, "of fp32", "quantized in"):

@@ -113,7 +113,7 @@ def test_tables(texts, monkeypatch):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     record = json.loads(path.read_text())
     rows = {(row["model"], row["method"], row["samples"]): row for row in record["rows"]}
-    assert len(rows) == len(record["rows"]) == 2 * 12
+    assert len(rows) == len(record["rows"]) == 2 * len(quality.methods(2, 4))
     assert "4-bit grid" in record["models"]["plain"]["note"]
 
     ids = torch.tensor(byte_tokenizer()((texts / "judge.txt").read_text()).input_ids)[9:]
