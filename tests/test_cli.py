@@ -88,12 +88,12 @@ def left_behind(folder):
 # ---- what works ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["quantize"], ["eval"], ["bench"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["quantize"], ["eval"], ["analyze"], ["bench"], ["demo"]])
 def test_help(command):
     result = octavo_(*command, "--help")
     assert result.exit_code == 0
     assert "Usage: octavo" in result.output
-    if command and command[0] in ("quantize", "eval", "bench"):
+    if command and command[0] in ("quantize", "eval", "analyze", "bench"):
         assert f"octavo {command[0]} " in result.output.split("Usage:")[1].split("\n", 1)[1]  # an example
 
 
@@ -187,6 +187,11 @@ def test_demo(monkeypatch, source, tmp_path):
     assert rows["int8, threshold 6"]["kl"] > 0.0
     assert rows["bf16"]["layer_bytes"] * 2 == rows["fp32"]["layer_bytes"]
     assert rows["int8, threshold 6"]["layer_bytes"] < 0.3 * rows["fp32"]["layer_bytes"]
+    assert (rows["fp32"]["real_bits"], rows["bf16"]["nominal_bits"]) == (32.0, 16.0)
+    assert 8.0 == rows["int8, threshold 6"]["nominal_bits"] < rows["int8, threshold 6"]["real_bits"] < 9.0
+    assert 3.625 < rows["SpQR, 3 bits"]["nominal_bits"] < rows["SpQR, 3 bits"]["real_bits"]
+    assert rows["RTN, 3 bits"]["nominal_bits"] == 5.0
+    assert rows["SpQR, 3 bits"]["layer_bytes"] < 0.2 * rows["fp32"]["layer_bytes"]
     assert all(row["perplexity"] > 1 and row["prefill"] > 0 and row["decode"] > 0 for row in rows.values())
     assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
     full, small = record["optimizers"]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import evaluate, models
 from ._version import __version__
-from .nn import Int8Linear
+from .nn import Int8Linear, SpQRLinear
 from .optim import AdamW8bit
 from .quantize import quantize_model
 
@@ -34,7 +34,9 @@ _TRAIN_TOKENS = 64  # of the gradient that the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
 _TEXT = ("execmodel", "import", "objects")
-_CALIBRATION_TEXT = ("debugger", "strings", "try", "calls")
+_CALIBRATION_TEXT = ("types", "compound", "debugger", "strings", "calls")
+_CALIBRATION_WINDOWS = 16
+_COLOURS = {"int8": "#0072B2", "SpQR": "#E69F00"}  # Okabe and Ito
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,15 @@ class Method:
 
 @dataclass
 class Row:
-    """What was measured of one method; kl is nats per token from the fp32 model, rates are tokens per second."""
+    """What was measured of one method; kl is nats per token from the fp32 model, rates are tokens per second.
+
+    Bits are per weight of the quantized layers: `real_bits` of everything stored for them, `nominal_bits` by what the
+    method is called, or for SpQR by its paper's formula.
+    """
 
     name: str
+    real_bits: float
+    nominal_bits: float
     layer_bytes: int
     model_bytes: int
     perplexity: float
@@ -92,12 +100,22 @@ def _int8_kept(threshold: float) -> Callable[[Any, Tensor], Any]:
     return apply
 
 
+def _blocks(method: str, bits: int) -> Callable[[Any, Tensor], Any]:
+    def apply(model: Any, calibration: Tensor) -> Any:
+        quantize_model(model, method, bits=bits, group_size=16, calibration=calibration, progress=False)
+        return model
+
+    return apply
+
+
 METHODS: tuple[Method, ...] = (
     Method("fp32", None, "the reference"),
     Method("bf16", lambda model, _: model.to(torch.bfloat16)),
     Method("int8, threshold 0", _int8(0.0), "every column in int8"),
     Method("int8, threshold 6", _int8(6.0), "LLM.int8()"),
     Method("int8, threshold 2", _int8(2.0), "most accurate"),
+    Method("RTN, 3 bits", _blocks("rtn", 3), "round to nearest, groups of 16: what SpQR is up against"),
+    Method("SpQR, 3 bits", _blocks("spqr", 3), f"the paper's settings, {_CALIBRATION_WINDOWS} sequences"),
 )
 
 
@@ -123,7 +141,7 @@ def run(
         step("reading SmolLM2-135M-Instruct")
         reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
         ids = _tokens(tokenizer, _TEXT, windows)
-        calibration = _tokens(tokenizer, _CALIBRATION_TEXT, 2)
+        calibration = _tokens(tokenizer, _CALIBRATION_TEXT, _CALIBRATION_WINDOWS)
         candidates = []
         for method in methods:
             step(f"quantizing: {method.name}")
@@ -140,6 +158,7 @@ def run(
     rows = [
         Row(
             method.name,
+            *_bits(reference, model, layers),
             sum(evaluate.model_bytes(model.get_submodule(name)) for name in layers),
             evaluate.model_bytes(model),
             score.perplexity,
@@ -222,8 +241,24 @@ def _quantized_layers(candidates: Sequence[Any]) -> list[str]:
     """Names of the layers that any of the methods replaced, for sizes that compare like with like."""
     names: dict[str, None] = {}
     for model in candidates:
-        names |= dict.fromkeys(name for name, module in model.named_modules() if isinstance(module, Int8Linear))
+        modules = model.named_modules()
+        names |= dict.fromkeys(name for name, module in modules if isinstance(module, Int8Linear | SpQRLinear))
     return list(names)
+
+
+def _bits(reference: Any, model: Any, layers: Sequence[str]) -> tuple[float, float]:
+    """Real and nominal bits per weight of the layers."""
+    weights, real, nominal = 0, 0.0, 0.0
+    for name in layers:
+        exact, layer = reference.get_submodule(name).weight, model.get_submodule(name)
+        bias = 0 if layer.bias is None else layer.bias.numel() * layer.bias.element_size()
+        weights += exact.numel()
+        real += 8 * (evaluate.model_bytes(layer) - bias)
+        if isinstance(layer, SpQRLinear):
+            nominal += layer.nominal_bits * exact.numel()
+        else:
+            nominal += 8 * layer.weight.element_size() * exact.numel()
+    return real / weights, nominal / weights
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
@@ -266,11 +301,22 @@ def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> Non
     machine = record["machine"]
     table = Table(title=f"{record['model']}, {record['text']}", box=SIMPLE_HEAD, collapse_padding=True)
     table.add_column("method", no_wrap=True)
-    for heading in ("layers\nMB", "model\nMB", "perplexity", "KL\n/token", "prefill\ntok/s", "decode\ntok/s"):
+    for heading in (
+        "bits real\n(nominal)",
+        "layers\nMB",
+        "model\nMB",
+        "perplexity",
+        "KL\n/token",
+        "prefill\ntok/s",
+        "decode\ntok/s",
+    ):
         table.add_column(heading, justify="right", vertical="bottom")
     for row in rows:
         table.add_row(
             row.name,
+            f"{row.real_bits:.2f} ({row.nominal_bits:.2f})"
+            if row.real_bits != row.nominal_bits
+            else f"{row.real_bits:g}",
             f"{row.layer_bytes / 1e6:.0f} {row.layer_bytes / rows[0].layer_bytes:4.0%}",
             f"{row.model_bytes / 1e6:.0f} {row.model_bytes / rows[0].model_bytes:4.0%}",
             f"{row.perplexity:.2f}",
@@ -281,7 +327,8 @@ def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> Non
     console.print(table)
     notes = "; ".join(f"{row.name}: {row.note}" for row in rows if row.note)
     console.print(
-        f"{notes}\nlayers: the {record['layers']} that int8 replaces. KL: nats per token from the first row. "
+        f"{notes}\nlayers: the {record['layers']} that are quantized; bits: per weight of them. KL: nats per token "
+        f"from {rows[0].name}. The model is shipped on a 4-bit grid, which flatters low bits a little. "
         f"Speeds are medians of interleaved rounds, prompt {CONTEXT} tokens, batch 1.\n{machine['cpu']}, "
         f"{machine['isa']}, threads={machine['threads']}, torch {machine['versions']['torch']}",
         style="dim",
@@ -316,7 +363,7 @@ def _plot(rows: Sequence[Row], path: Path, record: dict[str, Any]) -> None:
     )
     size = (3.1 * len(panels) + 1.6, 0.45 * len(rows) + 1.3)  # inches
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
-    colours = ["#0072B2" if row.name.startswith("int8") else "#999999" for row in rows]
+    colours = [_COLOURS.get(row.name[:4], "#999999") for row in rows]
     for axis, (title, values, form) in zip(axes, panels, strict=True):
         bars = axis.barh([row.name for row in rows], values, color=colours)
         axis.bar_label(bars, [format(value, form) for value in values], padding=3, fontsize="small")

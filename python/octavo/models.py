@@ -95,6 +95,35 @@ def smollm2() -> Source:
     return find_source(Path(str(distribution.locate_file(names[0]))))
 
 
+def resolve(name: str) -> Source:
+    """The model that a user names: a path, "smollm2" (what `octavo demo` uses), or OWNER/NAME on the Hugging Face hub.
+
+    A path wins. A hub model is taken from the local cache, or downloaded into it.
+
+    Raises:
+        ModelError: it is none of these, or it cannot be downloaded.
+    """
+    if Path(name).exists():
+        return find_source(name)
+    if name == "smollm2":
+        return smollm2()
+    owner, _, repository = name.partition("/")
+    if not owner.strip(".~") or not repository or "/" in repository:
+        raise ModelError(f"{name} does not exist; give a transformers directory, a GGUF file, OWNER/NAME or smollm2")
+    _transformers()
+    import huggingface_hub
+
+    try:
+        return find_source(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # of several packages: no network, no such name, no permission
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{name} is no path, and the hub does not give it: {reason}") from error
+
+
 def load_model(source: Source, dtype: torch.dtype | None = None, quantization_config: Any = None) -> Any:
     """The causal language model at `source`, on the CPU, in eval mode.
 
@@ -134,6 +163,26 @@ def load_tokenizer(source: Source) -> Any:
         directory, keywords = source.path.parent, {"gguf_file": source.path.name}
     with _explained(source, "tokenizer"):
         return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True, **keywords)
+
+
+def tokens_of(tokenizer: Any, path: Path) -> list[int]:
+    """Token ids of a file of plain text, without any that mark its ends.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def check_context(model: Any, context: int, name: object) -> None:
+    """Raises ValueError if a window of `context` tokens is more than the model called `name` has positions for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise ValueError(f"--context {context} is more than the {longest} positions of {name}")
 
 
 def quantize_to_directory(

@@ -1,4 +1,4 @@
-"""The command line: `octavo doctor`, `quantize`, `eval`, `bench`, `demo`."""
+"""The command line: `octavo doctor`, `quantize`, `eval`, `analyze`, `bench`, `demo`."""
 
 from __future__ import annotations
 

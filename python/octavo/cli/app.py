@@ -215,6 +215,65 @@ def evaluate_(
     )
 
 
+def _known_order(name: str) -> str:
+    if name not in ("act", "identity"):
+        raise typer.BadParameter(f"{name!r} is not one of act, identity")
+    return name
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help="A transformers directory, a GGUF file, OWNER/NAME on the Hugging Face hub, or smollm2 (the demo's).",
+        ),
+    ],
+    text: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the JSON and the PNGs.")] = Path(
+        "octavo-analysis"
+    ),
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window; windows do not overlap.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="The first N windows of the text.")] = 8,
+    threshold: Annotated[float, typer.Option(min=1e-6, help="|x| from which an activation is large.")] = 6.0,
+    bits: Annotated[int, typer.Option(min=1, max=8, help="To round weights to.")] = 3,
+    group_size: Annotated[int, typer.Option(min=1, metavar="N", help="Columns that share their levels.")] = 16,
+    share: Annotated[
+        float, typer.Option(min=1e-6, max=0.5, help="Of a layer's weights, the most sensitive: its outliers.")
+    ] = 0.01,
+    order: Annotated[
+        str, typer.Option(callback=_known_order, help="Of GPTQ's columns: act (largest inputs first) or identity.")
+    ] = "act",
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", show_default="none", help="analyze.json of another model, to draw beside it. Repeatable."
+        ),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Draw what makes MODEL hard to quantize: outlier features of its activations, and where its sensitive weights lie.
+
+    Activations, as in LLM.int8(): how many dimensions reach 6.0 at the inputs of each layer's projections, in which
+    share of layers and positions, against perplexity. Weights, as in SpQR: a map of what rounding each one costs, how
+    much of the costliest lies in rows, columns, attention heads and rotary frequencies, and how errors grow with depth
+    and along the order of GPTQ. The text serves for both; a few thousand tokens tell most. Writes analyze.json (every
+    figure drawn), activations.png, weights.png and maps.png.
+
+    ```sh
+    octavo analyze smollm2 --text novel.txt --out small
+    octavo analyze ./Llama-3.1-8B --text novel.txt --windows 16 --beside small/analyze.json
+    ```
+    """
+    from .. import analyze as analysis
+
+    with _one_line_errors():
+        settings = analysis.Settings(bits, group_size, share, order)
+        analysis.run(_console(), model, text, out, context, windows, threshold, settings, beside or ())
+
+
 @app.command()
 def bench(
     family: Annotated[

@@ -22,11 +22,9 @@ def measure(
     """
     source = models.find_source(model)
     tokenizer = models.load_tokenizer(source)
-    ids = evaluate.windows(_tokens(tokenizer, text), context, limit)
+    ids = evaluate.windows(models.tokens_of(tokenizer, text), context, limit)
     network = models.load_model(source, None if dtype is None else getattr(torch, dtype))
-    longest = getattr(network.config, "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise ValueError(f"--context {context} is more than the {longest} positions of {model}")
+    models.check_context(network, context, model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("perplexity", total=len(ids))
@@ -50,11 +48,3 @@ def measure(
         "peak_memory": evaluate.peak_memory(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _tokens(tokenizer: Any, path: Path) -> list[int]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
