@@ -97,6 +97,39 @@ def test_help(command):
         assert f"octavo {command[0]} " in result.output.split("Usage:")[1].split("\n", 1)[1]  # an example
 
 
+def test_quantize_by_spqr_and_evaluate(source, tmp_path):
+    text = tmp_path / "novel.txt"
+    text.write_text(TEXT * 20)
+    target = tmp_path / "spqr"
+    arguments = ["--method", "spqr", "--calibration", text, "--samples", 4, "--context", 64, "--outliers", 0.02]
+    result = octavo_("quantize", source, target, *arguments, "--resume", tmp_path / "layers")
+    assert result.exit_code == 0, result.output
+    assert "14 layers in spqr" in result.output
+    assert "bits by the paper's count" in result.output
+    model = transformers.AutoModelForCausalLM.from_pretrained(target)
+    layers = [module for module in model.modules() if isinstance(module, octavo.nn.SpQRLinear)]
+    assert len(layers) == 14
+    assert {layer.bits for layer in layers} == {3}
+    assert all(layer.outlier_count > 0 for layer in layers)
+    result = octavo_("eval", target, "--text", text, "--context", 32, "--windows", 2)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+
+
+def test_settings_of_one_method_are_refused_by_another(source, text, tmp_path):
+    for arguments, message in (
+        (["--method", "spqr"], "method spqr needs calibration data"),
+        (["--bits", 4], "--bits: for methods spqr, gptq, rtn, not int8"),
+        (["--calibration", text], "method int8 takes no calibration"),
+        (["--method", "rtn", "--group-size", 24], "group_size must be"),
+        (["--method", "spqr", "--calibration", tmp_path / "no.txt"], "no.txt"),
+    ):
+        result = octavo_("quantize", source, tmp_path / "out", *arguments)
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert not (tmp_path / "out").exists()
+
+
 def test_version():
     assert octavo_("--version").output.strip() == f"octavo {octavo.__version__}"
 

@@ -418,7 +418,7 @@ def test_spqr_octavo_directory_is_built_from_its_configuration(tmp_path):
 def test_spqr_is_not_made_while_loading(source):
     with pytest.raises(ValueError, match=r"SpQR needs calibration data.*octavo\.quantize_model\(model, method='spqr'"):
         Auto.from_pretrained(source, quantization_config=OctavoConfig("spqr"))
-    with pytest.raises(ValueError, match=r"SpQR needs calibration data: octavo\.quantize_model"):
+    with pytest.raises(ValueError, match="method spqr needs calibration data"):
         quantize_to_directory(find_source(source), source.parent / "spqr", "spqr")
     assert not (source.parent / "spqr").exists()
 

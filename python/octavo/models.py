@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .quantize import quantize_model
+from .quantize import BLOCK_METHODS, quantize_model
 from .serialization import load_quantized, new_directory
 
 _MANIFEST = "octavo.json"  # of a directory that octavo.save_quantized wrote
@@ -191,14 +191,21 @@ def quantize_to_directory(
     method: str = "int8",
     threshold: float = 6.0,
     skip: Sequence[str] = ("lm_head",),
-) -> dict[str, int]:
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
     """Quantize the model at `source` into a directory that transformers loads: weights, configuration, tokenizer.
 
-    A transformers directory is quantized tensor by tensor while it is read; a GGUF file is unpacked first. `target` is
-    written beside itself and renamed at the end: a failure or an interruption leaves nothing.
+    For int8, a transformers directory is quantized tensor by tensor while it is read; a GGUF file is unpacked first.
+    "spqr", "gptq" and "rtn" read the whole model and go through `octavo.quantize_model`, which takes `calibration` (a
+    text), `progress` and the other `settings`. `target` is written beside itself and renamed at the end: a failure or
+    an interruption leaves nothing, and finished layers only where settings name a directory to `resume` from.
 
     Returns:
-        "layers" quantized, and bytes of the files: "bytes_before" and "bytes_after".
+        "layers" quantized, and bytes of the files: "bytes_before" and "bytes_after"; for the methods with calibration
+        the "report" of `quantize_model`.
 
     Raises:
         ModelError: `source` cannot be read, or is quantized already.
@@ -208,16 +215,28 @@ def quantize_to_directory(
     if source.quantization is not None:
         made = f"{source.path} is quantized already ({source.quantization})"
         raise ModelError(f"{made}; give the model that it was made from")
-    if method == "spqr":
-        raise ValueError("SpQR needs calibration data: octavo.quantize_model(model, method='spqr', calibration=...)")
+    in_blocks = method in BLOCK_METHODS
+    given = [name for name, value in {"calibration": calibration, **settings}.items() if value is not None]
+    if given and not in_blocks:
+        raise ValueError(f"method {method} takes no {', '.join(given)}")
+    if in_blocks and method != "rtn" and calibration is None:
+        raise ValueError(f"method {method} needs calibration data: a text of a few hundred kilobytes or more")
     _transformers()
     from ._kinds import MODULES
     from .integrations.transformers import OctavoConfig, mark_quantized
+    from .nn import SpQRLinear
 
-    config = OctavoConfig(method, threshold, skip)
+    config = OctavoConfig("spqr" if in_blocks else method, threshold, skip)
+    report = None
     with new_directory(target) as path:
         tokenizer = load_tokenizer(source) if _has_tokenizer(source) else None
-        if source.kind == "gguf":
+        if in_blocks:
+            model = load_model(source)
+            settings |= {"calibration": calibration, "tokenizer": tokenizer}
+            report = quantize_model(model, method, config.skip, progress=progress, **settings)
+            first = next(module for module in model.modules() if isinstance(module, SpQRLinear))
+            mark_quantized(model, OctavoConfig("spqr", threshold, skip, **first.options._asdict()))
+        elif source.kind == "gguf":
             model = load_model(source)
             quantize_model(model, method, config.skip, config.threshold, progress=False)
             mark_quantized(model, config)
@@ -228,7 +247,8 @@ def quantize_to_directory(
             tokenizer.save_pretrained(path)
         bytes_after = find_source(path).bytes
     layers = sum(isinstance(module, MODULES) for module in model.modules())
-    return {"layers": layers, "bytes_before": source.bytes, "bytes_after": bytes_after}
+    done = {"layers": layers, "bytes_before": source.bytes, "bytes_after": bytes_after}
+    return done if report is None else done | {"report": report}
 
 
 def _has_tokenizer(source: Source) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from .._version import __version__
 from ..nn import check_threshold
-from ..quantize import METHODS
+from ..quantize import BLOCK_METHODS, METHODS
 
 app = typer.Typer(
     name="octavo",
@@ -66,8 +66,8 @@ def _use_threads(count: int | None) -> int | None:
 
 
 def _known_method(name: str) -> str:
-    if name not in METHODS:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(METHODS)}")
+    if name not in (known := METHODS + BLOCK_METHODS):
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
     return name
 
 
@@ -140,8 +140,38 @@ def quantize(
     target: Annotated[
         Path, typer.Argument(metavar="DST", show_default=False, help="The directory to write; it must not exist.")
     ],
-    method: Annotated[str, typer.Option(callback=_known_method, help="int8: LLM.int8(), arXiv 2208.07339.")] = "int8",
+    method: Annotated[
+        str,
+        typer.Option(
+            callback=_known_method,
+            help="int8: LLM.int8(), arXiv 2208.07339. spqr: SpQR, 2306.03078, 2 to 4 bits. gptq, rtn: its baselines.",
+        ),
+    ] = "int8",
     threshold: Threshold = 6.0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="spqr, gptq: a text to calibrate on, UTF-8."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(min=2, max=4, show_default="spqr: 3, else 4", help="Per weight.")] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(show_default="spqr: 16, else 64", help="Columns that share a scale: 16, 32 or 64."),
+    ] = None,
+    tau: Annotated[
+        float | None, typer.Option(min=0.0, show_default="0.2", help="spqr: outlier threshold; the lower, the more.")
+    ] = None,
+    outliers: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=0.5, show_default=False, help="spqr: the share of outliers, in place of --tau."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="spqr, gptq: sequences of the text to calibrate on.")] = 128,
+    context: Annotated[
+        int | None, typer.Option(min=2, show_default="2048 or the model's limit", help="Tokens of each.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default=False, help="Keep finished layers here, and go on from them."),
+    ] = None,
     skip: Annotated[
         list[str],
         typer.Option(metavar="LAYER", help="Leave these layers alone: full names or last components. Repeatable."),
@@ -150,11 +180,13 @@ def quantize(
 ) -> None:
     """Quantize the model SRC into the directory DST, which transformers loads.
 
-    SRC is read tensor by tensor: memory holds the quantized model and one tensor more. DST is written beside itself
-    and renamed at the end, so that nothing half-written is ever there.
+    With int8, SRC is read tensor by tensor: memory holds the quantized model and one tensor more. spqr and gptq hold
+    the model, and go through it block by block with the calibration text. DST is written beside itself and renamed at
+    the end, so that nothing half-written is ever there.
 
     ```sh
     octavo quantize ./Llama-3.1-8B ./Llama-3.1-8B-int8
+    octavo quantize ./Llama-3.1-8B ./Llama-3.1-8B-spqr3 --method spqr --calibration novel.txt --resume ./layers
     octavo quantize model.gguf ./model-int8 --threshold 4 --skip lm_head --skip down_proj
     ```
 
@@ -170,10 +202,23 @@ def quantize(
     begin = time.perf_counter()
     with _one_line_errors():
         found = models.find_source(source)
-        done = models.quantize_to_directory(found, target, method, threshold, skip)
+        settings: dict[str, Any] = {}
+        if method in BLOCK_METHODS:
+            settings = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outliers}
+            settings |= {"samples": samples, "context": context, "resume": resume, "progress": True}
+        elif given := [
+            name
+            for name, value in (("--bits", bits), ("--group-size", group_size), ("--tau", tau), ("--resume", resume))
+            if value is not None
+        ]:
+            raise ValueError(f"{', '.join(given)}: for methods {', '.join(BLOCK_METHODS)}, not {method}")
+        done = models.quantize_to_directory(found, target, method, threshold, skip, calibration=calibration, **settings)
     before, after = done["bytes_before"] / 1e6, done["bytes_after"] / 1e6
+    about = f"threshold {threshold:g}"
+    if report := done.get("report"):
+        about = f"{report.nominal_bits:.2f} bits by the paper's count, {report.real_bits:.2f} stored"
     _console().print(
-        f"{target}: {done['layers']} layers in {method}, threshold {threshold:g}\n"
+        f"{target}: {done['layers']} layers in {method}, {about}\n"
         f"{before:.1f} MB -> {after:.1f} MB ({after / before:.1%}), "
         f"{time.perf_counter() - begin:.1f} s"
     )
