@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kDequantizeThreads, 4) spqr_dequantize_kernel(
   using Offset = std::conditional_t<kStaged, int, int64_t>;
   const auto stride = static_cast<Offset>(w.k);
   for (int64_t chunk = threadIdx.x; chunk < spqr_chunks(w); chunk += kDequantizeThreads) {
-    uint32_t planes[kRows][kBits];
+    uint32_t planes[kRows][kBits];  // rows of the tile beyond n are there, too, and have room in shared memory
     const uint32_t* words = spqr_codes(w, tile, chunk);
     UNROLL for (int i = 0; i < kBits; ++i) {
       const auto pack = load_pack<kRows>(words + i * kTileRows16 + r0, 0);
@@ -170,13 +170,12 @@ __global__ void __launch_bounds__(kDequantizeThreads, 4) spqr_dequantize_kernel(
       if (column0 >= w.k) break;
       SpqrStatistics statistics[kRows];
       UNROLL for (int r = 0; r < kRows; ++r) {
-        if (r < rows) statistics[r] = statistics_of(r, column0);
+        statistics[r] = statistics_of(r, column0);
       }
       UNROLL for (int e = 0; e < 8; ++e) {
         const auto even = static_cast<Offset>(spqr_source_column(w, column0 + 2 * e));
         const auto odd = static_cast<Offset>(spqr_source_column(w, column0 + 2 * e + 1));
         UNROLL for (int r = 0; r < kRows; ++r) {
-          if (r >= rows) continue;
           const uint32_t pair = code_pair<Half, kBits>(planes[r], half * 8 + e);
           const auto weight = [&](uint32_t code) {
             const float difference = to_float(Half{static_cast<uint16_t>(code)}) - statistics[r].zero;
