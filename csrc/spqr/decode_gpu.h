@@ -67,6 +67,34 @@ struct FieldShape {
   }
 };
 
+// Which second-order record a tile has. Tiles are blocks, or fewer: 32 bits; a 64-bit division would be a call.
+__device__ inline int64_t second_order_row(const SpqrWeight& w, int64_t tile) {
+  const int64_t tiles = w.stats_group_size / kTileRows16;
+  return tiles > UINT32_MAX ? 0 : static_cast<unsigned>(tile) / static_cast<unsigned>(tiles);
+}
+
+// The statistics of one row in a group, as they are in memory.
+struct RawStatistics {
+  uint32_t bits;  // the field, or plain scale and zero
+  uint2 second;
+
+  __device__ void load(const SpqrWeight& w, int64_t tile, int r, int64_t group, int64_t groups, int64_t second_row) {
+    if (w.second_order == nullptr) {
+      const Half* plain = w.plain + (tile * groups + group) * (2 * kTileRows16) + r;
+      bits = plain[0].bits | static_cast<uint32_t>(plain[kTileRows16].bits) << 16;
+      return;
+    }
+    bits = spqr_field(w.statistics + (tile * groups + group) * spqr_record_bytes(w), w.scale_bits + w.zero_bits, r);
+    const Half* from = w.second_order + (second_row * groups + group) * 4;
+    second = make_uint2(from[0].bits | static_cast<uint32_t>(from[1].bits) << 16,
+                        from[2].bits | static_cast<uint32_t>(from[3].bits) << 16);
+  }
+  __device__ SpqrStatistics decode(const SpqrWeight& w, const FieldShape& fields) const {
+    if (w.second_order != nullptr) return fields.decode(bits, second);
+    return {to_float(Half{static_cast<uint16_t>(bits)}), to_float(Half{static_cast<uint16_t>(bits >> 16)})};
+  }
+};
+
 // Starts copying 16 bytes, of which `bytes` (clamped to 0 ... 16) are there; the rest becomes zero.
 __device__ __forceinline__ void copy_piece(unsigned char* to, const unsigned char* from, int64_t bytes, bool aligned) {
   const int there = bytes < 0 ? 0 : bytes > 16 ? 16 : static_cast<int>(bytes);

@@ -1,6 +1,7 @@
 // SpQR on a GPU: what the products share (the order of x's columns, the workspace, the choice of kernel), and the
 // weight as a matrix. The products themselves are in spqr_stream_cuda.cu and spqr_tiles_cuda.cu.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/reduce.h"
 #include "common/tile.h"
@@ -138,17 +139,27 @@ void spqr_matmul(const SpqrMatmul& p, Stream stream) {
 constexpr int kDequantizeThreads = 128;
 
 template <class T, int kBits, int kRows, bool kStaged>
-__global__ void __launch_bounds__(kDequantizeThreads) spqr_dequantize_kernel(SpqrDequantize p) {
+__global__ void __launch_bounds__(kDequantizeThreads, 4) spqr_dequantize_kernel(SpqrDequantize p) {
   DYNAMIC_SHARED(T, staged);
   const SpqrWeight& w = p.w;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kRows, tile = row0 / kTileRows16;
   const int r0 = static_cast<int>(row0 % kTileRows16);
   const int rows = w.n - row0 < kRows ? static_cast<int>(w.n - row0) : kRows;
+  const int group_shift = w.group_size == 64 ? 6 : w.group_size == 32 ? 5 : 4;
+  const int64_t groups = w.k >> group_shift, second_row = second_order_row(w, tile);
+  const FieldShape fields(w);
+  const auto statistics_of = [&](int r, int64_t column) {
+    RawStatistics raw;
+    raw.load(w, tile, r0 + r, column >> group_shift, groups, second_row);
+    return raw.decode(w, fields);
+  };
   const float unit = *w.unit;
   T* out = static_cast<T*>(p.out) + row0 * w.k;
   T* to = kStaged ? staged : out;
+  using Offset = std::conditional_t<kStaged, int, int64_t>;
+  const auto stride = static_cast<Offset>(w.k);
   for (int64_t chunk = threadIdx.x; chunk < spqr_chunks(w); chunk += kDequantizeThreads) {
-    uint32_t planes[kRows][kBits];
+    uint32_t planes[kRows][kBits];  // rows of the tile beyond n are there, too, and have room in shared memory
     const uint32_t* words = spqr_codes(w, tile, chunk);
     UNROLL for (int i = 0; i < kBits; ++i) {
       const auto pack = load_pack<kRows>(words + i * kTileRows16 + r0, 0);
@@ -159,19 +170,19 @@ __global__ void __launch_bounds__(kDequantizeThreads) spqr_dequantize_kernel(Spq
       if (column0 >= w.k) break;
       SpqrStatistics statistics[kRows];
       UNROLL for (int r = 0; r < kRows; ++r) {
-        if (r < rows) statistics[r] = spqr_statistics(w, row0 + r, column0 / w.group_size);
+        statistics[r] = statistics_of(r, column0);
       }
       UNROLL for (int e = 0; e < 8; ++e) {
-        const int64_t even = spqr_source_column(w, column0 + 2 * e), odd = spqr_source_column(w, column0 + 2 * e + 1);
+        const auto even = static_cast<Offset>(spqr_source_column(w, column0 + 2 * e));
+        const auto odd = static_cast<Offset>(spqr_source_column(w, column0 + 2 * e + 1));
         UNROLL for (int r = 0; r < kRows; ++r) {
-          if (r >= rows) continue;
           const uint32_t pair = code_pair<Half, kBits>(planes[r], half * 8 + e);
           const auto weight = [&](uint32_t code) {
             const float difference = to_float(Half{static_cast<uint16_t>(code)}) - statistics[r].zero;
             return from_float<T>(unit * (statistics[r].scale * difference));
           };
-          to[r * w.k + even] = weight(pair);
-          to[r * w.k + odd] = weight(pair >> 16);
+          to[r * stride + even] = weight(pair);
+          to[r * stride + odd] = weight(pair >> 16);
         }
       }
     }
@@ -187,9 +198,10 @@ __global__ void __launch_bounds__(kDequantizeThreads) spqr_dequantize_kernel(Spq
       const int64_t chunk = outlier.column / kChunk;
       const int of_chunk = static_cast<int>(outlier.column % kChunk);
       const uint32_t pair = spqr_pair(kBits, spqr_codes(w, tile, chunk) + r0 + r, kTileRows16, of_chunk / 2);
-      const SpqrStatistics s = spqr_statistics(w, row0 + r, outlier.column / w.group_size);
+      const SpqrStatistics s = statistics_of(r, outlier.column);
       const float dense = s.scale * (static_cast<float>(pair >> of_chunk % 2 * 16 & 0xffffu) - s.zero);
-      to[r * w.k + spqr_source_column(w, outlier.column)] = from_float<T>(unit * (dense + outlier.value));
+      to[r * stride + static_cast<Offset>(spqr_source_column(w, outlier.column))] =
+          from_float<T>(unit * (dense + outlier.value));
     }
   }
   if constexpr (kStaged) {

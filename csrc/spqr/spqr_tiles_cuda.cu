@@ -45,28 +45,6 @@ __device__ constexpr int spqr_slot_of(int column) {
   return column / 32 * 32 + column % 8 / 2 * 8 + column % 32 / 8 * 2 + column % 2;
 }
 
-// The statistics of one row in a group, as they are in memory.
-struct RawStatistics {
-  uint32_t bits;  // the field, or plain scale and zero
-  uint2 second;
-
-  __device__ void load(const SpqrWeight& w, int64_t tile, int r, int64_t group, int64_t groups, int64_t second_row) {
-    if (w.second_order == nullptr) {
-      const Half* plain = w.plain + (tile * groups + group) * (2 * kTileRows16) + r;
-      bits = plain[0].bits | static_cast<uint32_t>(plain[kTileRows16].bits) << 16;
-      return;
-    }
-    bits = spqr_field(w.statistics + (tile * groups + group) * spqr_record_bytes(w), w.scale_bits + w.zero_bits, r);
-    const Half* from = w.second_order + (second_row * groups + group) * 4;
-    second = make_uint2(from[0].bits | static_cast<uint32_t>(from[1].bits) << 16,
-                        from[2].bits | static_cast<uint32_t>(from[3].bits) << 16);
-  }
-  __device__ SpqrStatistics decode(const SpqrWeight& w, const FieldShape& fields) const {
-    if (w.second_order != nullptr) return fields.decode(bits, second);
-    return {to_float(Half{static_cast<uint16_t>(bits)}), to_float(Half{static_cast<uint16_t>(bits >> 16)})};
-  }
-};
-
 template <class T, int kBits, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 2) spqr_tile_kernel(SpqrMatmul p, SpqrStaged at) {
   constexpr int kFragsM = Tile::kFragsM, kFragsN = Tile::kFragsN;
@@ -115,7 +93,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) spqr_tile_kernel(SpqrMatmul
   const int64_t own_n = n0 + own_row < w.n ? n0 + own_row : w.n - 1;  // rows past the edge: not stored
   const int64_t own_tile = own_n / kTileRows16;
   const int group_shift = w.group_size == 64 ? 2 : w.group_size == 32 ? 1 : 0;
-  const int64_t groups = w.k >> (4 + group_shift), second_row = own_n / w.stats_group_size;
+  const int64_t groups = w.k >> (4 + group_shift), second_row = second_order_row(w, own_tile);
   const FieldShape fields(w);
   const float unit = *w.unit;
   RawStatistics raw[2];
