@@ -70,8 +70,8 @@ class Row:
 
 def methods(few: int, many: int) -> list[Method]:
     """The rows of a table: `few` calibration sequences for every method, `many` for those that gain by them."""
+    paper3, paper4 = SpQRConfig(bits=3, damping=1.0), SpQRConfig(bits=4, damping=1.0)
     spqr3, spqr4 = SpQRConfig(bits=3), SpQRConfig(bits=4)
-    less3, less4 = SpQRConfig(bits=3, damping=0.1), SpQRConfig(bits=4, damping=0.1)
     gptq3, gptq4 = SpQRConfig.gptq(3, 16), SpQRConfig.gptq(4, 64)
     return [
         Method("fp32"),
@@ -79,16 +79,15 @@ def methods(few: int, many: int) -> list[Method]:
         Method("RTN-4 g64", SpQRConfig.rtn(4, 64)),
         Method("GPTQ-3 g16", gptq3, few),
         Method("GPTQ-4 g64", gptq4, few),
-        Method("SpQR-3 g16, no outliers", SpQRConfig(bits=3, tau=math.inf), few),
+        Method("SpQR-3 g16, no outliers", SpQRConfig(bits=3, tau=math.inf, damping=1.0), few),
+        Method("SpQR-3 g16, paper", paper3, few),
+        Method("SpQR-4 g16, paper", paper4, few),
         Method("SpQR-3 g16", spqr3, few),
         Method("SpQR-4 g16", spqr4, few),
-        Method("SpQR-3 g16, damping .1", less3, few),
-        Method("SpQR-4 g16, damping .1", less4, few),
         Method("GPTQ-3 g16", gptq3, many),
         Method("GPTQ-4 g64", gptq4, many),
         Method("SpQR-3 g16", spqr3, many),
         Method("SpQR-4 g16", spqr4, many),
-        Method("SpQR-3 g16, damping .1", less3, many),
     ]
 
 

@@ -1,5 +1,6 @@
 """SpQR's quantization of one weight: the compiled loop has the bits of plain PyTorch; what it makes of data."""
 
+import functools
 import itertools
 import math
 
@@ -180,6 +181,7 @@ def test_errors_are_those_of_the_paper_engine(generator):
     statistics and outliers in fp32. The search for likely outliers differs where all weights of a group are."""
     w, x = layer(512, 512, generator, tokens=2048)
     hessian = hessian_of(x)
+    recipe = functools.partial(SpQRConfig, damping=1.0)  # the paper's
 
     def error(config):
         codes = quantize_weight(w, hessian, config)
@@ -188,16 +190,17 @@ def test_errors_are_those_of_the_paper_engine(generator):
         return found, codes
 
     rtn128, rtn16 = error(SpQRConfig.rtn(3, 128))[0], error(SpQRConfig.rtn(3, 16))[0]
-    gptq, plain = error(SpQRConfig.gptq(3, 128))[0], error(SpQRConfig(3, tau=math.inf))[0]
-    with_outliers = {tau: error(SpQRConfig(3, tau=tau)) for tau in (0.5, 0.2, 0.1)}
-    four = error(SpQRConfig(4))[0]
+    gptq, plain = error(SpQRConfig.gptq(3, 128))[0], error(recipe(3, tau=math.inf))[0]
+    with_outliers = {tau: error(recipe(3, tau=tau)) for tau in (0.5, 0.2, 0.1)}
+    four = error(recipe(4))[0]
     assert 0.25 < rtn128 < 0.35
     assert 0.12 < rtn16 < 0.18
     assert 0.18 < gptq < 0.26
     assert rtn128 > gptq > rtn16 > plain > with_outliers[0.5][0] > with_outliers[0.2][0] > with_outliers[0.1][0] > four
     assert with_outliers[0.2][0] < 0.5 * plain
-    assert error(SpQRConfig(3, leave_one_out=False))[0] > with_outliers[0.2][0]
+    assert error(recipe(3, leave_one_out=False))[0] > with_outliers[0.2][0]
 
+    assert error(SpQRConfig(3, tau=0.2))[0] < with_outliers[0.2][0]  # the default damping is less
     cases = [(gptq, (3, 128, math.inf, False, 0.01, True)), (plain, (3, 16, math.inf, True, 1.0, True))]
     for found, arguments in cases:
         assert found == pytest.approx(output_error(w, paper_engine(w, hessian, *arguments)[0], x), rel=0.03)

@@ -35,7 +35,7 @@ PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
 _TEXT = ("execmodel", "import", "objects")
 _CALIBRATION_TEXT = ("types", "compound", "debugger", "strings", "calls")
-_CALIBRATION_WINDOWS = 16
+_CALIBRATION_WINDOWS = 8
 _COLOURS = {"int8": "#0072B2", "SpQR": "#E69F00"}  # Okabe and Ito
 
 
@@ -115,7 +115,7 @@ METHODS: tuple[Method, ...] = (
     Method("int8, threshold 6", _int8(6.0), "LLM.int8()"),
     Method("int8, threshold 2", _int8(2.0), "most accurate"),
     Method("RTN, 3 bits", _blocks("rtn", 3), "round to nearest, groups of 16: what SpQR is up against"),
-    Method("SpQR, 3 bits", _blocks("spqr", 3), f"the paper's settings, {_CALIBRATION_WINDOWS} sequences"),
+    Method("SpQR, 3 bits", _blocks("spqr", 3), f"calibrated on {_CALIBRATION_WINDOWS} sequences"),
 )
 
 
