@@ -186,6 +186,20 @@ def test_bad_input_is_named():
             call(**change)  # type: ignore[arg-type]
 
 
+def test_sizes_that_overflow_are_refused():
+    w = random_weight(48, 32, outliers=0.0)
+    tensors = list(w.arguments())
+    tensors[2] = torch.zeros(0, 2, 4, dtype=torch.float16)
+    for n, stats_group_size, message in (
+        (48, 2**63 - 16, "stats_group_size must be a multiple of 16 up to 1024, got 9223372036854775792"),
+        (2**63 - 1, 16, r"n must be from 0 to below 2\^40, got 9223372036854775807"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            octavo.spqr_linear(torch.ones(1, 32), *tensors, None, n, 16, stats_group_size)
+        with pytest.raises(RuntimeError, match=message):
+            octavo.spqr_dequantize(*tensors, n, 32, torch.float32, 16, stats_group_size)
+
+
 def test_accounting():
     weight = random_weight(64, 512, outliers=0.0)
     assert weight.nominal_bits == 3.625

@@ -323,6 +323,15 @@ def test_calibration_that_blows_up_is_named(llama, ids):
         quantized(zeros, [torch.randn(4, 32)], "gptq", config=SpQRConfig.gptq(group_size=32, damping=0.0))
 
 
+def test_a_flat_tensor_of_ids_is_one_sequence(llama):
+    model = copy.deepcopy(llama)
+    again = copy.deepcopy(llama)
+    flat = torch.arange(48) % llama.config.vocab_size
+    octavo.quantize_model(model, "spqr", calibration=flat, progress=False)
+    octavo.quantize_model(again, "spqr", calibration=[flat[None]], progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
 def test_options_of_another_method(llama, ids):
     for method, options, message in (
         ("int8", {"bits": 4}, "method int8 takes no bits"),
@@ -333,6 +342,12 @@ def test_options_of_another_method(llama, ids):
         ("spqr", {"config": SpQRConfig(), "bits": 3, "calibration": ids}, "config holds all settings: give bits in it"),
         ("spqr", {"config": {"bits": 3}, "calibration": ids}, "must be a SpQRConfig, got dict"),
         ("awq", {}, "unknown method 'awq'; known: int8, spqr, gptq, rtn"),
+        ("spqr", {"bits": 3.0, "calibration": ids}, "bits must be an integer, got 3.0"),
+        ("spqr", {"outlier_fraction": "a", "calibration": ids}, "outlier_fraction must be a number, got 'a'"),
+        ("spqr", {"calibration": 5}, "calibration must be batches or the path of a text, got int"),
+        ("spqr", {"calibration": ids, "context": 0}, "context must be at least 1, got 0"),
+        ("spqr", {"calibration": [{"input_ids": ids[0]}], "context": 8}, "batch 0 is a mapping: cut it yourself"),
+        ("spqr", {"calibration": [torch.tensor(3)]}, "calibration batch 0 is empty or a single number"),
     ):
         with pytest.raises(ValueError, match=message):
             octavo.quantize_model(llama, method, **options)

@@ -401,6 +401,13 @@ def test_layers_that_share_a_tensor_are_saved_apart(tmp_path):
     assert torch.equal(again.model.layers[0].self_attn.k_proj.perm, attention[0].q_proj.perm)
 
 
+def test_dequantize_after_saving(spqr_saved, tmp_path):
+    model = Auto.from_pretrained(spqr_saved)
+    model.save_pretrained(tmp_path / "again")  # leaves the dtype in the configuration as a string
+    model.dequantize()
+    assert not any(isinstance(module, SpQRLinear) for module in model.modules())
+
+
 def test_spqr_dequantize(spqr_saved):
     model = Auto.from_pretrained(spqr_saved)
     exact = logits(model)

@@ -1,6 +1,7 @@
 #include "spqr/spqr.h"
 
 #include "common/op.h"
+#include "spqr/columns.h"
 
 namespace octavo {
 namespace {
@@ -37,13 +38,14 @@ SpqrWeight check_weight(const char* op, Held& held, const Tensor& first, const T
                         int64_t group_size, int64_t stats_group_size, int64_t scale_bits, int64_t zero_bits) {
   SpqrWeight w{};
   w.n = n, w.k = k;
-  STD_TORCH_CHECK(n >= 0 && k >= 0, op, ": n and k must not be negative, got ", n, " and ", k);
+  STD_TORCH_CHECK(n >= 0 && n < int64_t{1} << 40, op, ": n must be from 0 to below 2^40, got ", n);
+  STD_TORCH_CHECK(k >= 0, op, ": k must not be negative, got ", k);
   STD_TORCH_CHECK(k <= INT32_MAX, op, ": k must be below 2^31, got ", k);
   STD_TORCH_CHECK(group_size == 16 || group_size == 32 || group_size == 64, op,
                   ": group_size must be 16, 32 or 64, got ", group_size);
   STD_TORCH_CHECK(k % group_size == 0, op, ": k = ", k, " is not a multiple of group_size ", group_size);
-  STD_TORCH_CHECK(stats_group_size >= 16 && stats_group_size % 16 == 0, op,
-                  ": stats_group_size must be a multiple of 16, got ", stats_group_size);
+  STD_TORCH_CHECK(stats_group_size >= 16 && stats_group_size <= kMaxStatsRows && stats_group_size % 16 == 0, op,
+                  ": stats_group_size must be a multiple of 16 up to ", kMaxStatsRows, ", got ", stats_group_size);
   check_bits(op, "scale_bits", scale_bits);
   check_bits(op, "zero_bits", zero_bits);
   w.group_size = static_cast<int>(group_size);

@@ -25,7 +25,6 @@ const SpqrLoops& loops() {
   }
 }
 
-// The input's arrays within the workspace, from `base`; with 0, only their total size comes of it.
 const SpqrLoops& loops_for([[maybe_unused]] const SpqrMatmul& p) {
 #if OCTAVO_MAX_ISA >= 3
   if (isa() == Isa::amx && p.dtype == DType::bf16 && p.m > kSpqrStreamRows) return amx::spqr_loops;
@@ -33,6 +32,7 @@ const SpqrLoops& loops_for([[maybe_unused]] const SpqrMatmul& p) {
   return loops();
 }
 
+// The input's arrays within the workspace, from `base`; with 0, only their total size comes of it.
 int64_t lay_out(const SpqrMatmul& p, const SpqrLoops& l, uintptr_t base, SpqrInput& in) {
   int64_t bytes = 0;
   const auto take = [&](int64_t size) {

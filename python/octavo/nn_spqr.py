@@ -32,8 +32,8 @@ class SpQROptions(NamedTuple):
             raise ValueError(f"bits must be 2, 3 or 4, got {self.bits}")
         if self.group_size not in (16, 32, 64):
             raise ValueError(f"group_size must be 16, 32 or 64, got {self.group_size}")
-        if self.stats_group_size < 16 or self.stats_group_size % 16:
-            raise ValueError(f"stats_group_size must be a multiple of 16, got {self.stats_group_size}")
+        if not 16 <= self.stats_group_size <= 1024 or self.stats_group_size % 16:
+            raise ValueError(f"stats_group_size must be a multiple of 16 up to 1024, got {self.stats_group_size}")
         for name in ("scale_bits", "zero_bits"):
             if not 1 <= getattr(self, name) <= 4:
                 raise ValueError(f"{name} must be 1 to 4, got {getattr(self, name)}")

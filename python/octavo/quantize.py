@@ -205,7 +205,8 @@ def quantize_model(
         context: tokens of a sequence; by default 2048, or the model's own limit, of a text, and all of other data.
         tokenizer: of the model, for a text.
         resume: a directory for finished layers, made if it is not there. With the same model, data and settings, those
-            in it are not quantized again.
+            in it are not quantized again. With another number of threads torch's products, and so the codes of later
+            layers, differ in the last places.
         simulate: keep `torch.nn.Linear` modules, with the weights that the quantized ones stand for.
 
     Returns:
@@ -361,7 +362,9 @@ def _stored_bits(codes: SpQRCodes) -> float:
 def _find_targets(model: nn.Module, skip: Sequence[str], widest: int | None) -> tuple[list[_Target], dict[str, str]]:
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if type(model) is nn.Linear:
-        raise ValueError("the model is itself a Linear; use octavo.nn.Int8Linear.from_linear")
+        raise ValueError(
+            "the model is itself a Linear; use octavo.nn.Int8Linear.from_linear, or octavo.spqr.quantize_weight"
+        )
     found: dict[nn.Module, list[str]] = {}
     owners: dict[Tensor, set[nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -95,7 +95,7 @@ Threshold = Annotated[
         help="|x| from which an activation's column is multiplied in 16 bit. 0: never; lower: more accurate, slower.",
     ),
 ]
-_SOURCE_HELP = "A transformers directory or a GGUF file."
+_SOURCE_HELP = "A transformers directory, a GGUF file, OWNER/NAME on the hub, or smollm2."
 _MODEL_HELP = "A transformers directory, one that octavo wrote, or a GGUF file."
 
 
@@ -201,7 +201,7 @@ def quantize(
 
     begin = time.perf_counter()
     with _one_line_errors():
-        found = models.find_source(source)
+        found = models.resolve(str(source))
         settings: dict[str, Any] = {}
         if method in BLOCK_METHODS:
             settings = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outliers}
@@ -322,7 +322,8 @@ def analyze(
 @app.command()
 def bench(
     family: Annotated[
-        str | None, typer.Argument(show_default="all", help="int8, blockwise (operators), optim or model.")
+        str | None,
+        typer.Argument(show_default="all", help="int8, spqr, sparse, blockwise, optim or model."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One layer, one small model: a minute or two.")] = False,
     out: Annotated[

@@ -158,7 +158,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise ValueError(f"{name}: {errors[0]}{where}")
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # what a configuration that was saved once holds
+            dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, layer in _quantized_layers(model):
             model.set_submodule(name, layer.dequantize(dtype))
         return model

@@ -24,13 +24,21 @@ def prepare(
     model: nn.Module,
 ) -> list[Batch]:
     """Up to `samples` sequences as batches, on the model's device. A text is cut into windows of `context` tokens, of
-    which as many as wanted are taken, evenly spread; of token ids, those beyond `context` are dropped.
+    which as many as wanted are taken, evenly spread; of token ids, those beyond `context` are dropped. A tensor of ids
+    of one dimension is one sequence. Mappings and batches of floats are taken as they are.
 
     Raises:
-        ValueError: no sequence, or one shorter than `context`; a text without a tokenizer; batches of another kind.
+        ValueError: no sequence, or one shorter than `context`; a context that cannot be, or for batches that have none;
+            a text without a tokenizer; batches of another kind.
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
+    if context is not None and context < 1:
+        raise ValueError(f"context must be at least 1, got {context}")
+    if isinstance(calibration, Tensor) and calibration.dim() == 1 and not calibration.is_floating_point():
+        calibration = [calibration]
+    if not isinstance(calibration, (str, os.PathLike, Iterable)):
+        raise ValueError(f"calibration must be batches or the path of a text, got {type(calibration).__name__}")
     if isinstance(calibration, (str, os.PathLike)):
         batches = _from_text(Path(calibration), samples, context, tokenizer, model)
     else:
@@ -66,14 +74,16 @@ def _checked(batch: Any, i: int, context: int | None) -> Batch:
     if isinstance(batch, Mapping):
         if not any(isinstance(value, Tensor) and value.numel() for value in batch.values()):
             raise ValueError(f"calibration batch {i} holds no tensor with elements: {sorted(batch)}")
+        _refuse_context(context, i, "a mapping")
         return batch
     if isinstance(batch, (list, tuple)) and batch and all(isinstance(item, int) for item in batch):
         batch = torch.tensor(batch)
     if not isinstance(batch, Tensor):
         raise ValueError(f"calibration batches must be tensors or mappings, got {type(batch).__name__}")
-    if not batch.numel():
-        raise ValueError(f"calibration batch {i} is empty: shape {list(batch.shape)}")
+    if not batch.numel() or not batch.dim():
+        raise ValueError(f"calibration batch {i} is empty or a single number: shape {list(batch.shape)}")
     if batch.is_floating_point():
+        _refuse_context(context, i, "of floats")
         return batch
     ids: Tensor = batch[None] if batch.dim() == 1 else batch
     if context is not None:
@@ -81,6 +91,11 @@ def _checked(batch: Any, i: int, context: int | None) -> Batch:
             raise ValueError(f"calibration sequence {i} has {ids.shape[-1]} tokens, fewer than context {context}")
         ids = ids[..., :context]
     return ids
+
+
+def _refuse_context(context: int | None, i: int, what: str) -> None:
+    if context is not None:
+        raise ValueError(f"context {context} is for token ids, but calibration batch {i} is {what}: cut it yourself")
 
 
 def _first_size(batch: Batch) -> int:

@@ -26,8 +26,8 @@ class SpQRConfig:
         outlier_fraction: in place of `tau`: the share of weights to keep as outliers; tau is found by search.
         leave_one_out: fit a group without its likely outliers; False is the simpler search of the paper's ablation.
         act_order: quantize columns in the order of their inputs' squared sum, the largest first.
-        damping: what is added to the Hessian's diagonal, in units of the diagonal's mean. The authors' recipes have 1.0;
-            0.1 lowered the divergence of SmolLM2-135M and of all-MiniLM-L6-v2 by a quarter at the same bits.
+        damping: what is added to the Hessian's diagonal, in units of the diagonal's mean. The authors' recipes have
+            1.0; 0.1 lowered the divergence of SmolLM2-135M and all-MiniLM-L6-v2 by a quarter at the same bits.
         propagate: correct later columns for the errors of earlier ones (GPTQ); False needs no calibration.
 
     Raises:
@@ -52,6 +52,11 @@ class SpQRConfig:
             if not right:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)!r}")
 
+        for name in ("bits", "group_size", "stats_group_size", "scale_bits", "zero_bits"):
+            check(isinstance(getattr(self, name), int), name, "an integer")
+        for name in ("tau", "damping", "outlier_fraction"):
+            value = getattr(self, name)
+            check(isinstance(value, int | float) or (name == "outlier_fraction" and value is None), name, "a number")
         check(self.bits in (2, 3, 4), "bits", "2, 3 or 4")
         check(self.group_size in GROUP_SIZES, "group_size", f"one of {', '.join(map(str, GROUP_SIZES))}")
         rows = self.stats_group_size
