@@ -73,7 +73,8 @@ struct SpqrData {
     if (c.perm) w.perm = w.wide ? static_cast<const void*>(wide_perm.data()) : narrow_perm.data();
     for (int64_t i = 0; i < c.n; ++i)
       for (int64_t j = 0; j < c.k; ++j) {
-        const uint32_t pair = spqr_pair(c.bits, spqr_codes(w, i / 16, j / 32) + i % 16, 16, static_cast<int>(j % 32 / 2));
+        const uint32_t pair =
+            spqr_pair(c.bits, spqr_codes(w, i / 16, j / 32) + i % 16, 16, static_cast<int>(j % 32 / 2));
         const SpqrStatistics s = spqr_statistics(w, i, j / c.group_size);
         dense[i * c.k + j] = s.scale * (static_cast<float>(pair >> j % 2 * 16 & 0xffffu) - s.zero);
       }
@@ -117,8 +118,8 @@ void check_matmul(const SpqrCase& c, const SpqrData& data, int64_t m) {
   Buffer<T> x(m * c.k), out(m * c.n), bias(c.n);
   for (int64_t i = 0; i < x.size(); ++i) x[i] = from_float<T>(normal());
   for (int64_t i = 0; i < bias.size(); ++i) bias[i] = from_float<T>(normal());
-  SpqrMatmul p{data.w, x.data(), dtype_of<T>::value, m, m % 2 ? bias.data() : nullptr, dtype_of<T>::value, out.data(),
-               nullptr};
+  SpqrMatmul p{data.w,     x.data(), dtype_of<T>::value, m, m % 2 ? bias.data() : nullptr, dtype_of<T>::value,
+               out.data(), nullptr};
   const int64_t bytes = backend->spqr_workspace(p);
   const bool unaligned = test::unaligned;
   test::unaligned = false;  // the contract aligns the workspace
@@ -131,13 +132,13 @@ void check_matmul(const SpqrCase& c, const SpqrData& data, int64_t m) {
     for (int64_t i = 0; i < c.n; ++i) {
       double sum = p.bias ? to_float(bias[i]) : 0.0, terms = std::fabs(sum);
       for (int64_t j = 0; j < c.k; ++j) {
-        const double term = static_cast<double>(to_float(x[r * c.k + spqr_source_column(data.w, j)])) *
-                            data.unit[0] * data.dense[i * c.k + j];
+        const double term = static_cast<double>(to_float(x[r * c.k + spqr_source_column(data.w, j)])) * data.unit[0] *
+                            data.dense[i * c.k + j];
         sum += term, terms += std::fabs(term);
       }
       // The weight may be rounded to x's dtype with more rows; statistics may add what cancels in a weight.
-      const double allowed = 1.01 * rounding * std::fabs(sum) + terms * (m > kSpqrStreamRows ? rounding : 0.0) +
-                             4e-6 * (terms + 1);
+      const double allowed =
+          1.01 * rounding * std::fabs(sum) + terms * (m > kSpqrStreamRows ? rounding : 0.0) + 4e-6 * (terms + 1);
       const double got = to_float(out[r * c.n + i]);
       if (std::fabs(got - sum) <= allowed) continue;
       CHECK_FOR(false, backend->name + " spqr_matmul" + text_of(c) + " m = " + std::to_string(m) + " [" +
