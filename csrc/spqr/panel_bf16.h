@@ -70,5 +70,34 @@ inline __attribute__((always_inline)) void fill_panels(const SpqrWeight& w, int6
   for (int64_t t = 0; t < tiles; ++t) fill(w, tile + t, column, count, s.next[t], s, s.panel + t * kPanelWords);
 }
 
+// A task of the product: all panels of up to kPanelTiles tiles, one after the other, times blocks of kRows rows of x.
+// multiply(x, rows, panel, two, pairs, sums) takes two tiles of the panel, or one.
+template <int64_t kRows, class Multiply>
+__attribute__((always_inline)) inline void multiply_panels(const SpqrMatmul& p, const SpqrInput& in, int64_t tile,
+                                                           int64_t row, int64_t rows, const Multiply& multiply) {
+  const SpqrWeight& w = p.w;
+  PanelScratch& s = *static_cast<PanelScratch*>(::operator new(sizeof(PanelScratch), std::align_val_t(64)));
+  const int64_t left = spqr_row_tiles(w) - tile, tiles = left < kPanelTiles ? left : kPanelTiles;
+  __builtin_memset(s.sums, 0, ceil_div(rows, kRows) * kRows * kStride * sizeof(float));
+  for (int64_t t = 0; t < tiles; ++t) Plain::first_outliers(w, tile + t, s.next[t]);
+  for (int64_t column = 0; column < w.k; column += kPanelColumns) {
+    const int64_t count = w.k - column < kPanelColumns ? w.k - column : kPanelColumns;
+    // Half a chunk at the end: x is zero there, but what is left in the panel might not be finite.
+    if (count % kChunk)
+      for (int64_t t = 0; t < tiles; ++t)
+        __builtin_memset(s.panel + t * kPanelWords + count / 2 * kTileRows16, 0, kPairs / 2 * kTileRows16 * 4);
+    fill_panels(w, tile, tiles, column, count, s);
+    // A block of rows of x, in L1, passes all tiles of the panel before the next one.
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const uint32_t* x = in.parts + ((row + i) / kRows * in.columns + column) / 2 * kRows;
+      for (int64_t t = 0; t < tiles; t += 2)
+        multiply(x, rows - i, s.panel + t * kPanelWords, t + 1 < tiles, count / 2,
+                 s.sums + i * kStride + t * kTileRows16);
+    }
+  }
+  Plain::write_all(p, s.sums, kStride, tile, tiles, row, rows);
+  ::operator delete(&s, std::align_val_t(64));
+}
+
 }  // namespace
 }  // namespace octavo::cpu::avx512

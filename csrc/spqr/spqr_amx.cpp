@@ -19,12 +19,10 @@
 namespace octavo::cpu::amx {
 namespace {
 
-using avx512::fill_panels;
-using avx512::kPanelColumns;
 using avx512::kPanelTiles;
 using avx512::kPanelWords;
 using avx512::kStride;
-using avx512::PanelScratch;
+using avx512::multiply_panels;
 using avx512::Plain;
 
 constexpr int64_t kRows = 32;  // two tiles of x by two of the panel: four products for four loads
@@ -60,29 +58,12 @@ void multiply_rows(const uint32_t* x, const uint32_t* panel, bool two, int64_t c
 }
 
 void multiply_bf16(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t row, int64_t rows) {
-  const SpqrWeight& w = p.w;
-  PanelScratch& s = *static_cast<PanelScratch*>(::operator new(sizeof(PanelScratch), std::align_val_t(64)));
-  const int64_t left = spqr_row_tiles(w) - tile, tiles = left < kPanelTiles ? left : kPanelTiles;
-  __builtin_memset(s.sums, 0, ceil_div(rows, kRows) * kRows * kStride * sizeof(float));
-  for (int64_t t = 0; t < tiles; ++t) Plain::first_outliers(w, tile + t, s.next[t]);
   amx_begin();
-  for (int64_t column = 0; column < w.k; column += kPanelColumns) {
-    const int64_t count = w.k - column < kPanelColumns ? w.k - column : kPanelColumns;
-    // Half a chunk at the end: x is zero there, but what is left in the panel might not be finite.
-    if (count % kChunk)
-      for (int64_t t = 0; t < tiles; ++t)
-        __builtin_memset(s.panel + t * kPanelWords + count / 2 * kTileRows16, 0, kPairs / 2 * kTileRows16 * 4);
-    fill_panels(w, tile, tiles, column, count, s);
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const uint32_t* x = in.parts + ((row + i) / kRows * in.columns + column) / 2 * kRows;
-      for (int64_t t = 0; t < tiles; t += 2)
-        multiply_rows(x, s.panel + t * kPanelWords, t + 1 < tiles, ceil_div(count, kChunk),
-                      s.sums + i * kStride + t * kTileRows16);
-    }
-  }
+  multiply_panels<kRows>(p, in, tile, row, rows,
+                         [](auto* x, int64_t, auto* panel, bool two, int64_t pairs, float* sums) {
+                           multiply_rows(x, panel, two, ceil_div(pairs, kPairs), sums);
+                         });
   amx_end();
-  Plain::write_all(p, s.sums, kStride, tile, tiles, row, rows);
-  ::operator delete(&s, std::align_val_t(64));
 }
 
 }  // namespace

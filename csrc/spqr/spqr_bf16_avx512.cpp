@@ -294,32 +294,12 @@ void multiply_panel(const uint32_t* x, int64_t rows, const uint32_t* panel, int6
               : multiply_rows<4, kTiles>)(x, panel, pairs, sums);
 }
 
-void multiply_bf16(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t row, int64_t rows) {
-  const SpqrWeight& w = p.w;
-  PanelScratch& s = *static_cast<PanelScratch*>(::operator new(sizeof(PanelScratch), std::align_val_t(64)));
-  const int64_t left = spqr_row_tiles(w) - tile, tiles = left < kPanelTiles ? left : kPanelTiles;
-  __builtin_memset(s.sums, 0, ceil_div(rows, kRows) * kRows * kStride * sizeof(float));
-  for (int64_t t = 0; t < tiles; ++t) Plain::first_outliers(w, tile + t, s.next[t]);
-  for (int64_t column = 0; column < w.k; column += kPanelColumns) {
-    const int64_t count = w.k - column < kPanelColumns ? w.k - column : kPanelColumns;
-    fill_panels(w, tile, tiles, column, count, s);
-    // A block of rows of x, in L1, passes all tiles of the panel before the next one.
-    for (int64_t i = 0; i < rows; i += kRows) {
-      const uint32_t* x = in.parts + ((row + i) / kRows * in.columns + column) / 2 * kRows;
-      float* sums = s.sums + i * kStride;
-      int64_t t = 0;
-      for (; t + 2 <= tiles; t += 2)
-        multiply_panel<2>(x, rows - i, s.panel + t * kPanelWords, count / 2, sums + t * kTileRows16);
-      for (; t < tiles; ++t)
-        multiply_panel<1>(x, rows - i, s.panel + t * kPanelWords, count / 2, sums + t * kTileRows16);
-    }
-  }
-  Plain::write_all(p, s.sums, kStride, tile, tiles, row, rows);
-  ::operator delete(&s, std::align_val_t(64));
-}
-
 void multiply(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t row, int64_t rows) {
-  if (in.parts) return multiply_bf16(p, in, tile, row, rows);
+  if (in.parts)
+    return multiply_panels<kRows>(p, in, tile, row, rows,
+                                  [](auto* x, int64_t left, auto* panel, bool two, int64_t pairs, float* sums) {
+                                    (two ? multiply_panel<2> : multiply_panel<1>)(x, left, panel, pairs, sums);
+                                  });
   for (int64_t t = tile; t < tile + kPanelTiles && t < spqr_row_tiles(p.w); t += Plain::kPanelTiles)
     Plain::multiply(p, in, t, row, rows);
 }
