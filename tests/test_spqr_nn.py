@@ -443,7 +443,7 @@ def test_every_error_is_named():
     [
         ({"bits": 5}, "bits must be 2, 3 or 4, got 5"),
         ({"group_size": 8}, "group_size must be 16, 32 or 64, got 8"),
-        ({"stats_group_size": 24}, "stats_group_size must be a multiple of 16, got 24"),
+        ({"stats_group_size": 24}, "stats_group_size must be a multiple of 16 up to 1024, got 24"),
         ({"zero_bits": 0}, "zero_bits must be 1 to 4, got 0"),
         ({"in_features": 72}, "in_features must be a multiple of group_size 16, got 72"),
     ],
