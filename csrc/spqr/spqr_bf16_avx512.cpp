@@ -26,31 +26,63 @@ __attribute__((always_inline)) inline __m512i pair_of(const uint32_t* x) {
   return _mm512_set1_epi32(static_cast<int>(*x));
 }
 
-// ---- few rows of x: codes become bf16 by a permutation, exactly, and meet bf16 pairs of x ----
+// ---- few rows of x: codes become bf16 where they lie, exactly, and meet bf16 pairs of x ----
 
-// bf16 of the code in the low bits of each 16-bit index; what is above them does not matter.
-template <int kBits>
-__m512i code_table() {
-  alignas(64) uint16_t table[32];
-  for (uint32_t i = 0; i < 32; ++i) table[i] = float_bits(static_cast<float>(i & ((1u << kBits) - 1))) >> 16;
-  return _mm512_load_si512(table);
+// With kOne above it, a code in the seven bits of the mantissa is a bf16 number: kOffset + code * 2^r, r being its
+// place. So one shift serves all the codes that fit there, a code costs one instruction that any port takes, and parts
+// has its columns of x multiplied by 2^-r. What kOffset adds to the product of a group is kOffset times the sum of
+// these.
+constexpr uint32_t kOne = 0x43004300;
+constexpr float kOffset = 128.0f;
+// Bytes of codes to prefetch ahead: with one row of x, memory is what it waits for.
+template <int kBlock>
+constexpr int64_t kAhead = kBlock == 1 ? 4096 : 1024;
+
+struct CodePlace {
+  int shift, place;  // of the half word; of the code after it
+};
+constexpr CodePlace code_place(int bits, int e) {
+  if (spqr_pair_is_split(bits, e)) return {0, 0};
+  const int shift = spqr_pair_place(bits, e).shift, span = 7 / bits * bits;
+  return {shift / span * span, shift % span};
+}
+
+struct Factors {
+  float of_column[kChunk], inverse[kChunk];
+};
+constexpr Factors make_factors(int bits) {
+  Factors made{};
+  for (int j = 0; j < kChunk; ++j) {
+    made.inverse[j] = static_cast<float>(1 << code_place(bits, j / 2).place);
+    made.of_column[j] = 1.0f / made.inverse[j];
+  }
+  return made;
+}
+alignas(64) constexpr Factors kFactors[3] = {make_factors(2), make_factors(3), make_factors(4)};
+const float* factors(int bits) {
+  return kFactors[bits - 2].of_column;
 }
 
 template <int kBits, int kPair>
-__attribute__((always_inline)) inline __m512i pair_index(const __m512i (&planes)[kBits]) {
+__attribute__((always_inline)) inline __m512i pair_codes(const __m512i (&planes)[kBits]) {
+  constexpr CodePlace at = code_place(kBits, kPair);
+  constexpr uint32_t mask = ((1u << kBits) - 1) << at.place;
+  __m512i bits;
   if constexpr (spqr_pair_is_split(kBits, kPair)) {
     const __m512i third = _mm512_srli_epi32(planes[2], 13), second = _mm512_srli_epi32(planes[1], 14);
     const __m512i upper = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00040004), third, second, 0xca);
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00060006), upper, _mm512_srli_epi16(planes[0], 15), 0xca);
+    bits = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00060006), upper, _mm512_srli_epi16(planes[0], 15), 0xca);
   } else {
-    constexpr PairPlace place = spqr_pair_place(kBits, kPair);
-    return _mm512_srli_epi16(planes[place.plane], place.shift);
+    const __m512i plane = planes[spqr_pair_place(kBits, kPair).plane];
+    bits = at.shift ? _mm512_srli_epi16(plane, at.shift) : plane;
   }
+  return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(static_cast<int>(mask | mask << 16)),
+                                   _mm512_set1_epi32(kOne), 0xea);  // bits & mask | one
 }
 
 template <int kBits, int kPair, int kEnd, class Each>
 __attribute__((always_inline)) inline void each_pair(const __m512i (&planes)[kBits], const Each& each) {
-  each(kPair, pair_index<kBits, kPair>(planes));
+  each(kPair, pair_codes<kBits, kPair>(planes));
   if constexpr (kPair + 1 < kEnd) each_pair<kBits, kPair + 1, kEnd>(planes, each);
 }
 
@@ -61,7 +93,8 @@ inline __m512 field_table(int bits) {
 
 // With bilevel statistics s = ss * q + (-zs * ss) and z = sz * q' + (-zz * sz), q and q' being codes: a group's
 //   s * (dot - z * sum of x) = s * ((dot + zz * sz * sum) - q' * (sz * sum))
-// costs four instructions on top of looking up q and q', because the sum of products starts at zz * sz * sum.
+// costs four instructions on top of looking up q and q', because the sum of products starts at zz * sz * sum, less what
+// kOffset will add.
 struct SecondOrder {
   float ss, shift, sz, zz;  // shift: -zs * ss; zz: zz * sz
 };
@@ -80,125 +113,180 @@ inline void load_second_order(const SpqrWeight& w, int64_t tile, int64_t group, 
   }
 }
 
-// With one row of x: sz and zz times its sums.
-inline void multiply_by_sums(const float* sums, int64_t count, SecondOrder* second) {
+// With one row of x: sz and zz times its sums, and off the latter the offset.
+inline void multiply_by_sums(const float* sums, const float* factor_sums, int64_t count, SecondOrder* second) {
   float* to = &second->ss;
   for (int64_t g = 0; g < count; g += 4) {
     const int left = static_cast<int>(count - g < 4 ? count - g : 4);
     const __m512i order = _mm512_srli_epi32(Vec::lane_ids(), 2);
     const __m512 x = _mm512_permutexvar_ps(order, Vec::load(sums + g, left)), v = _mm512_load_ps(to + 4 * g);
-    _mm512_store_ps(to + 4 * g, _mm512_mask_mul_ps(v, 0xcccc, v, x));
+    const __m512 offset = _mm512_permutexvar_ps(order, Vec::load(factor_sums + g, left));
+    const __m512 products = _mm512_mask_mul_ps(v, 0xcccc, v, x);
+    _mm512_store_ps(to + 4 * g, _mm512_mask3_fnmadd_ps(offset, _mm512_set1_ps(kOffset), products, 0x8888));
   }
 }
 
-// Groups [first, end) of a tile times rows row ... row + kCount - 1 of x, which has kBlock: added to sums.
-template <int kBits, int kBlock, int kCount, int kPlanes, bool kBilevel>
-void stream_rows(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t first, int64_t end, int64_t row,
-                 float* sums) {
-  const SpqrWeight& w = p.w;
-  const int64_t groups = spqr_groups(w);
-  const int halves = w.group_size / 16, width = w.scale_bits + w.zero_bits;
-  const __m512i table = code_table<kBits>();
-  const __m512 scale_table = field_table(w.scale_bits), zero_table = field_table(w.zero_bits);
-  const __m128i scale_shift = _mm_cvtsi32_si128(w.scale_bits);
-  // Few rows of x make few chains of dependent products: then two take turns.
-  constexpr int kChains = kCount * kPlanes < 4 ? 2 : 1;
-  __m512 acc[kCount], dot[kCount][kChains];
-  sums += row * kTileRows16;
-#pragma GCC unroll 8
-  for (int i = 0; i < kCount; ++i) acc[i] = _mm512_load_ps(sums + i * kTileRows16);
-  // What a group needs of x, made some groups ahead: a broadcast cannot read what the same store has just written.
-  constexpr int64_t kSome = 32;
-  alignas(64) SecondOrder second[kSome];
-  alignas(
-      64) float of_x[kSome][2][kCount];  // sz * sum, zz * sz * sum, for each row of x; a single row has it in second
-  const uint8_t* record = w.statistics + (tile * groups + first) * (2 * width);
-  const uint32_t* words = spqr_codes(w, tile, first * w.group_size / kChunk);
-  const uint32_t* pairs = in.parts + first * w.group_size / 2 * (kBlock * kPlanes) + row * kPlanes;
-  const float* x_sums = in.sums + first * kBlock + row;
-  int64_t half = 0;
-  for (int64_t group = first; group < end; ++group, record += 2 * width, x_sums += kBlock) {
-    const int64_t at = (group - first) % kSome;
-    const SecondOrder& of_group = second[at];
+// What some groups need beside their words: made ahead, because a broadcast cannot read what the same store has just
+// written. Rows of x begin at `start` and meet the zero points' codes times `factor`.
+template <int kBlock>
+struct StreamGroups {
+  static constexpr int64_t kSome = 32;
+  alignas(64) SecondOrder second[kSome + 1];  // with one row of x, its factor and start in the place of sz and zz
+  alignas(64) float start[kSome + 1][kBlock], factor[kSome + 1][kBlock];
+  alignas(64) float scale[kSome][kTileRows16], zero[kSome][kTileRows16];  // where rows of x come in two passes
+};
+
+// The statistics of a tile. What does not change from group to group is here: not even k / group_size is free.
+template <bool kBilevel>
+struct StreamStatistics {
+  const SpqrWeight& w;
+  int64_t tile, record_bytes;
+  const uint8_t* records;
+  SpqrVec::BitFields fields;
+  __m512 scale_table, zero_table;
+  __m128i scale_shift;
+  StreamStatistics(const SpqrWeight& weight, int64_t of_tile)
+      : w(weight),
+        tile(of_tile),
+        record_bytes(spqr_record_bytes(weight)),
+        records(weight.statistics + of_tile * spqr_groups(weight) * record_bytes),
+        fields(weight.scale_bits + weight.zero_bits),
+        scale_table(field_table(weight.scale_bits)),
+        zero_table(field_table(weight.zero_bits)),
+        scale_shift(_mm_cvtsi32_si128(weight.scale_bits)) {}
+  // zero: the code alone with bilevel statistics.
+  __attribute__((always_inline)) void operator()(int64_t group, const SecondOrder& second, __m512& scale,
+                                                 __m512& zero) const {
     if constexpr (kBilevel) {
-      if (at == 0) {
-        const int64_t count = end - group < kSome ? end - group : kSome;
-        load_second_order(w, tile, group, count, second);
-        if constexpr (kBlock == 1)
-          multiply_by_sums(x_sums, count, second);
-        else
-          for (int64_t g = 0; g < count; ++g) {
-            const __m512 x = Vec::load(x_sums + g * kBlock, kCount);
-            Vec::store(of_x[g][0], _mm512_mul_ps(x, _mm512_set1_ps(second[g].sz)), kCount);
-            Vec::store(of_x[g][1], _mm512_mul_ps(x, _mm512_set1_ps(second[g].zz)), kCount);
-          }
-        asm("" : "+m"(of_x), "+m"(second));  // they are in memory, not in registers to shuffle
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-      dot[i][0] = kBilevel ? _mm512_set1_ps(kBlock == 1 ? of_group.zz : of_x[at][1][i]) : _mm512_setzero_ps();
-      if constexpr (kChains == 2) dot[i][1] = _mm512_setzero_ps();
-    }
-    for (int h = 0; h < halves; ++h, ++half, pairs += 8 * kBlock * kPlanes) {
-      __m512i planes[kBits];
-#pragma GCC unroll 4
-      for (int plane = 0; plane < kBits; ++plane) {
-        planes[plane] = _mm512_loadu_si512(words + plane * kTileRows16);
-        _mm_prefetch(reinterpret_cast<const char*>(words + plane * kTileRows16) + 4096, _MM_HINT_T0);
-      }
-      const auto each = [&](int e, __m512i index) __attribute__((always_inline)) {
-        const __m512i codes = _mm512_permutexvar_epi16(index, table);
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 2
-          for (int part = 0; part < kPlanes; ++part)
-            dot[i][e % kChains] =
-                dot_pairs(dot[i][e % kChains], codes, pair_of(pairs + (e % 8 * kBlock + i) * kPlanes + part));
-      };
-      if (half % 2 == 0) {
-        each_pair<kBits, 0, 8>(planes, each);
-      } else {
-        each_pair<kBits, 8, 16>(planes, each);
-        words += kBits * kTileRows16;
-      }
-    }
-    __m512 scale, zero;
-    if constexpr (kBilevel) {
-      const __m512i fields = SpqrVec::bit_fields(record, width, 0);
-      scale = _mm512_fmadd_ps(_mm512_permutexvar_ps(fields, scale_table), _mm512_set1_ps(of_group.ss),
-                              _mm512_set1_ps(of_group.shift));
-      zero = _mm512_permutexvar_ps(_mm512_srl_epi32(fields, scale_shift), zero_table);
+      const __m512i codes = fields(records + group * record_bytes);
+      scale = _mm512_fmadd_ps(_mm512_permutexvar_ps(codes, scale_table), _mm512_set1_ps(second.ss),
+                              _mm512_set1_ps(second.shift));
+      zero = _mm512_permutexvar_ps(_mm512_srl_epi32(codes, scale_shift), zero_table);
     } else {
       const Plain::Statistics s = Plain::statistics(w, tile, group, 0);
       scale = s.scale.v[0], zero = s.zero.v[0];
     }
+  }
+};
+
+template <int kBlock, bool kBilevel>
+__attribute__((always_inline)) inline void prepare_groups(const SpqrInput& in, int64_t group, int64_t count,
+                                                          const StreamStatistics<kBilevel>& statistics,
+                                                          StreamGroups<kBlock>& of) {
+  const float* sums = in.sums + group * kBlock;
+  const float* factor_sums = in.factor_sums + group * kBlock;
+  if constexpr (kBilevel) load_second_order(statistics.w, statistics.tile, group, count, of.second);
+  if constexpr (kBlock == 1 && kBilevel) multiply_by_sums(sums, factor_sums, count, of.second);
+  for (int64_t g = 0; g < count && !(kBlock == 1 && kBilevel); ++g) {
+    const __m512 x = Vec::load(sums + g * kBlock, kBlock);
+    const __m512 offset = _mm512_mul_ps(Vec::load(factor_sums + g * kBlock, kBlock), _mm512_set1_ps(kOffset));
+    const float sz = kBilevel ? of.second[g].sz : 1.0f, zz = kBilevel ? of.second[g].zz : 0.0f;
+    Vec::store(of.factor[g], _mm512_mul_ps(x, _mm512_set1_ps(sz)), kBlock);
+    Vec::store(of.start[g], _mm512_fmsub_ps(x, _mm512_set1_ps(zz), offset), kBlock);
+  }
+  if constexpr (kBlock == 16)
+    for (int64_t g = 0; g < count; ++g) {
+      __m512 scale, zero;
+      statistics(group + g, of.second[g], scale, zero);
+      _mm512_store_ps(of.scale[g], scale);
+      _mm512_store_ps(of.zero[g], zero);
+    }
+}
+
+// Groups [first, first + count) of a tile, prepared, times rows row ... row + kCount - 1 of x: added to sums.
+template <int kBits, int kBlock, int kCount, int kPlanes, bool kBilevel>
+__attribute__((always_inline)) inline void stream_some(const SpqrInput& in, int64_t first, int64_t count, int64_t row,
+                                                       const StreamStatistics<kBilevel>& statistics,
+                                                       const StreamGroups<kBlock>& of, float* sums) {
+  const SpqrWeight& w = statistics.w;
+  // Few rows of x make few chains of dependent products: then two take turns.
+  constexpr int kChains = kCount * kPlanes < 4 ? 2 : 1;
+  const int64_t halves_of_group = w.group_size / 16, halves = count * halves_of_group;
+  __m512 acc[kCount], dot[kCount][kChains];
+  sums += row * kTileRows16;
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) acc[i] = _mm512_load_ps(sums + i * kTileRows16);
+  const uint32_t* words = spqr_codes(w, statistics.tile, first * w.group_size / kChunk);
+  const uint32_t* pairs = in.parts + first * w.group_size / 2 * (kBlock * kPlanes) + row * kPlanes;
+  int64_t at = 0, left = halves_of_group;
+  const auto begin_group = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      dot[i][0] = _mm512_set1_ps(kBlock == 1 && kBilevel ? of.second[at].zz : of.start[at][row + i]);
+      if constexpr (kChains == 2) dot[i][1] = _mm512_setzero_ps();
+    }
+  };
+  const auto end_half = [&]() __attribute__((always_inline)) {
+    pairs += 8 * kBlock * kPlanes;
+    if (--left > 0) return;
+    left = halves_of_group;
+    __m512 scale, zero;
+    if constexpr (kBlock == 16)
+      scale = _mm512_load_ps(of.scale[at]), zero = _mm512_load_ps(of.zero[at]);
+    else
+      statistics(first + at, of.second[at], scale, zero);
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
       __m512 sum = dot[i][0];
       if constexpr (kChains == 2) sum = _mm512_add_ps(sum, dot[i][1]);
-      sum = _mm512_fnmadd_ps(zero,
-                             _mm512_set1_ps(!kBilevel     ? x_sums[i]
-                                            : kBlock == 1 ? of_group.sz
-                                                          : of_x[at][0][i]),
-                             sum);
-      acc[i] = _mm512_fmadd_ps(scale, sum, acc[i]);
+      const float factor = kBlock == 1 && kBilevel ? of.second[at].sz : of.factor[at][row + i];
+      acc[i] = _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(factor), sum), acc[i]);
     }
+    ++at;
+    begin_group();  // one more than there are: what it reads is not used
+  };
+  const auto each = [&](int e, __m512i codes) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i)
+#pragma GCC unroll 2
+      for (int part = 0; part < kPlanes; ++part)
+        dot[i][e % kChains] =
+            dot_pairs(dot[i][e % kChains], codes, pair_of(pairs + (e % 8 * kBlock + i) * kPlanes + part));
+  };
+  begin_group();
+  for (int64_t half = 0; half < halves; half += 2, words += kBits * kTileRows16) {
+    __m512i planes[kBits];
+#pragma GCC unroll 4
+    for (int plane = 0; plane < kBits; ++plane) {
+      planes[plane] = _mm512_loadu_si512(words + plane * kTileRows16);
+      _mm_prefetch(reinterpret_cast<const char*>(words + plane * kTileRows16) + kAhead<kBlock>, _MM_HINT_T0);
+    }
+    each_pair<kBits, 0, 8>(planes, each);
+    end_half();
+    if (half + 1 == halves) break;
+    each_pair<kBits, 8, 16>(planes, each);
+    end_half();
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) _mm512_store_ps(sums + i * kTileRows16, acc[i]);
 }
 
-using StreamRows = void (*)(const SpqrMatmul&, const SpqrInput&, int64_t, int64_t, int64_t, int64_t, float*);
+// Groups [first, end) of a tile times the kBlock rows of x: added to sums.
+template <int kBits, int kBlock, int kPlanes, bool kBilevel>
+void stream_rows(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t first, int64_t end, float* sums) {
+  constexpr int kCount = kBlock < 8 ? kBlock : 8;
+  const StreamStatistics<kBilevel> statistics(p.w, tile);
+  StreamGroups<kBlock> of;
+  for (int64_t group = first; group < end; group += of.kSome) {
+    const int64_t count = end - group < of.kSome ? end - group : of.kSome;
+    prepare_groups<kBlock, kBilevel>(in, group, count, statistics, of);
+    asm("" : "+m"(of));  // in memory, not in registers to shuffle
+#pragma GCC unroll 1
+    for (int64_t row = 0; row < kBlock; row += kCount)
+      stream_some<kBits, kBlock, kCount, kPlanes, kBilevel>(in, group, count, row, statistics, of, sums);
+  }
+}
+
+using StreamRows = void (*)(const SpqrMatmul&, const SpqrInput&, int64_t, int64_t, int64_t, float*);
 
 template <int kBits, int kPlanes, bool kBilevel>
 StreamRows stream_rows_for(int64_t block) {
   switch (block) {
-    case 1: return stream_rows<kBits, 1, 1, kPlanes, kBilevel>;
-    case 2: return stream_rows<kBits, 2, 2, kPlanes, kBilevel>;
-    case 4: return stream_rows<kBits, 4, 4, kPlanes, kBilevel>;
-    case 8: return stream_rows<kBits, 8, 8, kPlanes, kBilevel>;
-    default: return stream_rows<kBits, 16, 8, kPlanes, kBilevel>;
+    case 1: return stream_rows<kBits, 1, kPlanes, kBilevel>;
+    case 2: return stream_rows<kBits, 2, kPlanes, kBilevel>;
+    case 4: return stream_rows<kBits, 4, kPlanes, kBilevel>;
+    case 8: return stream_rows<kBits, 8, kPlanes, kBilevel>;
+    default: return stream_rows<kBits, 16, kPlanes, kBilevel>;
   }
 }
 template <int kBits>
@@ -208,38 +296,134 @@ StreamRows stream_rows_for(const SpqrMatmul& p, const SpqrInput& in) {
   return p.w.second_order ? stream_rows_for<kBits, 2, true>(in.block) : stream_rows_for<kBits, 2, false>(in.block);
 }
 
-// The outliers of one row times rows of bf16 x: the 16 rows of a pair of columns are one line of its parts.
-void add_outliers(const SpqrMatmul& p, const SpqrInput& in, int64_t row, float* sums) {
-  const SpqrWeight& w = p.w;
-  if (in.planes != 1 || in.block == 1 || w.wide) return Plain::add_outliers(p, in, row, sums);
-  const int lanes = static_cast<int>(in.block);
-  __m512 acc[4];
-  for (__m512& sum : acc) sum = _mm512_setzero_ps();
-  for (int64_t e0 = w.row_offsets[row], end = w.row_offsets[row + 1]; e0 < end; e0 += 16) {
-    const int count = static_cast<int>(end - e0 < 16 ? end - e0 : 16);
-    alignas(64) float values[16];
-    _mm512_store_ps(values, SpqrVec::high_halves(Vec::load_bits(w.outliers + e0, count)));
-    for (int e = 0; e < count; ++e) {
-      const uint32_t column = w.outliers[e0 + e] & 0xffffu;
-      const __m512i line = Vec::load_bits(in.parts + column / 2 * in.block, lanes);
-      const __m512i shifted = _mm512_sll_epi32(line, _mm_cvtsi32_si128(column % 2 ? 0 : 16));
-      const __m512 x = _mm512_castsi512_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-      acc[e % 4] = _mm512_fmadd_ps(_mm512_set1_ps(values[e]), x, acc[e % 4]);
-    }
+// Outliers as what their lines of parts are multiplied by: the 11 bits of an fp16 number are two bf16 numbers, each
+// beside a zero for the other column of its pair.
+struct OutlierPairs {
+  static constexpr int64_t kSome = 256;  // made ahead, as above
+  alignas(64) uint32_t first[kSome], rest[kSome];
+};
+__attribute__((always_inline)) inline __m512i bf16_bits(__m512 v) {
+  return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+void make_outlier_pairs(const SpqrWeight& w, int64_t begin, int64_t count, OutlierPairs& to) {
+  const float* inverse = kFactors[w.bits - 2].inverse;
+  const __m512 low = _mm512_load_ps(inverse), high = _mm512_load_ps(inverse + 16);
+  for (int64_t e = 0; e < count; e += 16) {
+    const __m512i words = Vec::load_bits(w.outliers + begin + e, static_cast<int>(count - e < 16 ? count - e : 16));
+    const __m512 value = _mm512_mul_ps(SpqrVec::high_halves(words), _mm512_permutex2var_ps(low, words, high));
+    const __m512i first = bf16_bits(value);
+    const __m512i rest = bf16_bits(_mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16))));
+    const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(words, _mm512_set1_epi32(1)), 4);
+    _mm512_store_si512(to.first + e, _mm512_sllv_epi32(first, shift));
+    _mm512_store_si512(to.rest + e, _mm512_sllv_epi32(rest, shift));
   }
-  alignas(64) float of_row[16];
-  _mm512_store_ps(of_row, _mm512_add_ps(_mm512_add_ps(acc[0], acc[2]), _mm512_add_ps(acc[1], acc[3])));
-  for (int64_t i = 0; i < p.m; ++i) sums[i * kTileRows16] += of_row[i];
 }
 
-// Some tiles pass a block of columns, whose x is in L1, before the next block.
+// The outliers of a tile times rows of x: the rows of a pair of columns are one line of its parts, or less.
+template <int kBlock>
+void add_outlier_pairs(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, float* sums) {
+  const SpqrWeight& w = p.w;
+  const int32_t* offsets = w.row_offsets + tile * kTileRows16;
+  const int64_t rows = w.n - tile * kTileRows16 < kTileRows16 ? w.n - tile * kTileRows16 : kTileRows16;
+  OutlierPairs pairs;
+  int64_t row = 0;
+  for (int64_t begin = offsets[0]; begin < offsets[rows]; begin += pairs.kSome) {
+    const int64_t end = offsets[rows] - begin < pairs.kSome ? offsets[rows] : begin + pairs.kSome;
+    make_outlier_pairs(w, begin, end - begin, pairs);
+    for (int64_t e = begin; e < end;) {
+      while (offsets[row + 1] <= e) ++row;
+      const int64_t stop = offsets[row + 1] < end ? offsets[row + 1] : end;
+      constexpr int kChains = 4;
+      __m512 first[kChains], rest[kChains];
+      for (int c = 0; c < kChains; ++c) first[c] = rest[c] = _mm512_setzero_ps();
+      const auto add = [&](int64_t at, int c) __attribute__((always_inline)) {
+        const __m512i line = Vec::load_bits(in.parts + (w.outliers[at] & 0xffffu) / 2 * kBlock, kBlock);
+        first[c] = dot_pairs(first[c], line, pair_of(pairs.first + (at - begin)));
+        rest[c] = dot_pairs(rest[c], line, pair_of(pairs.rest + (at - begin)));
+      };
+      for (; e + kChains <= stop; e += kChains)
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; ++c) add(e + c, c);
+      for (; e < stop; ++e) add(e, 0);
+      for (int c = 0; c < kChains; ++c) first[c] = _mm512_add_ps(first[c], rest[c]);
+      alignas(64) float of_row[16];
+      _mm512_store_ps(of_row, _mm512_add_ps(_mm512_add_ps(first[0], first[2]), _mm512_add_ps(first[1], first[3])));
+      for (int64_t i = 0; i < p.m; ++i) sums[i * kTileRows16 + row] += of_row[i];
+    }
+  }
+}
+
+void add_outliers(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, float* sums) {
+  if (in.planes == 1 && !p.w.wide) switch (in.block) {
+      case 2: return add_outlier_pairs<2>(p, in, tile, sums);
+      case 4: return add_outlier_pairs<4>(p, in, tile, sums);
+      case 8: return add_outlier_pairs<8>(p, in, tile, sums);
+      case 16: return add_outlier_pairs<16>(p, in, tile, sums);
+    }
+  const int64_t first = tile * kTileRows16;
+  for (int64_t r = 0; r < kTileRows16 && first + r < p.w.n; ++r) Plain::add_outliers(p, in, first + r, sums + r);
+}
+
+// bf16 x for streaming: parts by moving 16-bit numbers, and the sums of all rows of a block at once, out of parts.
+void prepare_rows(const SpqrMatmul& p, const SpqrInput& in, int64_t i) {
+  const SpqrWeight& w = p.w;
+  constexpr int64_t kSome = 512;  // columns at a time
+  alignas(64) uint16_t some[kSome];
+  const uint16_t* x = static_cast<const uint16_t*>(p.x) + i * w.k;
+  const uint16_t* ids = static_cast<const uint16_t*>(w.perm);
+  const __m512 low = _mm512_load_ps(in.factors), high = _mm512_load_ps(in.factors + 16);
+  for (int64_t j0 = 0; j0 < in.columns; j0 += kSome) {
+    const int64_t count = in.columns - j0 < kSome ? in.columns - j0 : kSome;
+    const int64_t inside = i >= p.m ? 0 : w.k - j0 < count ? w.k - j0 : count;
+    if (ids && !w.wide)
+      for (int64_t j = 0; j < inside; ++j) some[j] = x[ids[j0 + j]];
+    else
+      for (int64_t j = 0; j < inside; ++j) some[j] = x[spqr_source_column(w, j0 + j)];
+    for (int64_t j = inside; j < count; ++j) some[j] = 0;
+    if (in.x)
+      for (int64_t j = 0; j < count; ++j) in.x[(j0 + j) * in.block + i] = bits_float(uint32_t{some[j]} << 16);
+    for (int64_t j = 0; j < count; j += kChunk) {
+      const BFloat16* at = reinterpret_cast<const BFloat16*>(some + j);
+      const __m512 first = _mm512_mul_ps(Vec::load(at), low), second = _mm512_mul_ps(Vec::load(at + 16), high);
+      _mm512_store_si512(some + j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+    }
+    uint32_t* to = in.parts + j0 / 2 * in.block + i;
+    for (int64_t e = 0; e < count / 2; ++e) __builtin_memcpy(to + e * in.block, some + 2 * e, 4);
+  }
+}
+void prepare_sums(const SpqrMatmul& p, const SpqrInput& in) {
+  const SpqrWeight& w = p.w;
+  const __m512i one = _mm512_set1_epi32(0x3f803f80);
+  const int lanes = static_cast<int>(in.block);
+  uint32_t inverse[kPairs];  // what undoes the factors of a pair
+  for (int e = 0; e < kPairs; ++e) inverse[e] = (float_bits(1.0f / in.factors[2 * e]) >> 16) * 0x00010001u;
+  const int64_t pairs_of_group = w.group_size / 2;
+  for (int64_t g = 0; g < spqr_groups(w); ++g) {
+    __m512 sum[2] = {}, factor_sum[2] = {};
+    for (int64_t e = g * pairs_of_group; e < (g + 1) * pairs_of_group; ++e) {
+      const __m512i line = Vec::load_bits(in.parts + e * in.block, lanes);
+      sum[e % 2] = dot_pairs(sum[e % 2], line, pair_of(inverse + e % kPairs));
+      factor_sum[e % 2] = dot_pairs(factor_sum[e % 2], line, one);
+    }
+    Vec::store(in.sums + g * in.block, _mm512_add_ps(sum[0], sum[1]), lanes);
+    Vec::store(in.factor_sums + g * in.block, _mm512_add_ps(factor_sum[0], factor_sum[1]), lanes);
+  }
+}
+void prepare(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
+  if (!in.factors || p.dtype != DType::bf16) return Plain::prepare(p, in, begin, end);
+  for (int64_t i = 0; i < in.block; ++i) prepare_rows(p, in, i);  // streaming has one block
+  prepare_sums(p, in);
+}
+
+// A tile after the other, so that the weight comes from memory in one stream; x comes from L2. Only where it does not
+// fit there, some tiles pass a block of columns before the next block.
 void stream(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
   if (in.planes == 0) return Plain::stream(p, in, begin, end);
   const SpqrWeight& w = p.w;
   const StreamRows rows = w.bits == 2   ? stream_rows_for<2>(p, in)
                           : w.bits == 3 ? stream_rows_for<3>(p, in)
                                         : stream_rows_for<4>(p, in);
-  constexpr int64_t kTiles = 16, kBytes = 12288;
+  constexpr int64_t kTiles = 16, kBytes = 1 << 18;
   const int64_t groups = spqr_groups(w), columns = kBytes / (2 * in.block * in.planes) / 64 * 64;
   const int64_t some = columns / w.group_size;
   alignas(64) float sums[kTiles][Plain::kTileSums];
@@ -248,12 +432,9 @@ void stream(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end
     __builtin_memset(sums, 0, tiles * sizeof(sums[0]));
     for (int64_t group = 0; group < groups; group += some)
       for (int64_t t = 0; t < tiles; ++t)
-        for (int64_t row = 0; row < in.block; row += 8)
-          rows(p, in, tile + t, group, group + some < groups ? group + some : groups, row, sums[t]);
+        rows(p, in, tile + t, group, group + some < groups ? group + some : groups, sums[t]);
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = (tile + t) * kTileRows16;
-      if (w.row_offsets)
-        for (int64_t r = 0; r < kTileRows16 && first + r < w.n; ++r) add_outliers(p, in, first + r, sums[t] + r);
+      if (w.row_offsets) add_outliers(p, in, tile + t, sums[t]);
       Plain::finish(p, tile + t, sums[t]);
     }
   }
@@ -310,9 +491,10 @@ constexpr SpqrLoops spqr_bf16_loops{.parts_of_half = 2,
                                     .parts_of_bfloat16 = 1,
                                     .bfloat16_panels = true,
                                     .tiled = false,
+                                    .factors = factors,
                                     .panel_tiles = kPanelTiles,
                                     .panel_rows = kRows,
-                                    .prepare = Plain::prepare,
+                                    .prepare = prepare,
                                     .stream = stream,
                                     .multiply = multiply,
                                     .dequantize = Plain::dequantize};
