@@ -54,8 +54,9 @@ template <class V>
 struct CsrLoops {
   using F = typename V::F;
   static constexpr int kWidth = V::kWidth;
-  static constexpr int kTileRows = 16;   // rows of S whose sums are stored together, as vectors along out's rows
-  static constexpr int kLongTile = 256;  // the same of one row of x, where a sum is all there is to a row of S
+  static constexpr int kTileRows = 16;      // rows of S whose sums are stored together, as vectors along out's rows
+  static constexpr int64_t kShortRow = 16;  // entries
+  static constexpr int kLongTile = 256;     // the same of one row of x, where a sum is all there is to a row of S
 
   static F multiply_add(F a, F b, F c) {
     if constexpr (kWidth == 1)
@@ -198,6 +199,30 @@ struct CsrLoops {
       for (int64_t i = 0; i < count; ++i) ends[i] = static_cast<const int32_t*>(s.offsets)[row + i + 1];
   }
 
+  // Dot products of short rows: one loop with as few branches as can be, since no row's end can be foreseen.
+  template <class C, class E>
+  __attribute__((noinline)) static void short_dots(const float* values, const C* columns, int64_t e, const E* ends,
+                                                   int64_t base, int64_t count, const float* x, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t end = ends[i] - base;
+      float sum = 0.0f;
+      if (__builtin_expect(end - e < 4 * kShortRow, 1)) {
+#pragma GCC unroll 1
+        for (; e < end; ++e) {
+          const float of_x = x[static_cast<uint32_t>(columns[e])];
+          if constexpr (kWidth == 1)
+            sum += values[e] * of_x;
+          else
+            sum = __builtin_fmaf(values[e], of_x, sum);
+        }
+      } else {
+        sum = row_dot(values + e, columns + e, end - e, x);
+      }
+      out[i] = sum;
+      e = end;
+    }
+  }
+
   template <int R, class Out>
   static void matmul_as(const CsrMatmul& p, const Panel& x, int64_t index, float* partial) {
     constexpr int64_t kLanes = R == 0 ? 1 : R * kWidth;
@@ -216,13 +241,25 @@ struct CsrLoops {
       if (c.head_end > c.begin) piece(c.begin, c.head_end, partial);
       const int64_t whole = c.rows - c.open;
       int64_t begin = csr_offset(p.s, c.first_row);
+      const bool short_rows = c.end - c.begin < kShortRow * (whole - c.first_row);
       for (int64_t row = c.first_row; row < whole; row += kRows) {
         const int64_t count = whole - row < kRows ? whole - row : kRows;
-        int64_t ends[kRows];
-        row_ends(p.s, row, count, ends);
-        for (int64_t i = 0; i < count; ++i) {
-          piece(begin, ends[i], tile + i * kLanes);
-          begin = ends[i];
+        if (R == 0 && short_rows) {
+          const auto dots = [&](const auto* ends) {
+            short_dots(values, columns, begin - c.begin, ends, c.begin, count, x.data, tile);
+          };
+          if (p.s.wide)
+            dots(static_cast<const int64_t*>(p.s.offsets) + row + 1);
+          else
+            dots(static_cast<const int32_t*>(p.s.offsets) + row + 1);
+          begin = csr_offset(p.s, row + count);
+        } else {
+          int64_t ends[kRows];
+          row_ends(p.s, row, count, ends);
+          for (int64_t i = 0; i < count; ++i) {
+            piece(begin, ends[i], tile + i * kLanes);
+            begin = ends[i];
+          }
         }
         finish_tile<Out>(p, x, tile, row, count);
       }
