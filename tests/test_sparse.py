@@ -81,6 +81,20 @@ def test_rows_that_several_tasks_share(ops: Ops, m: int, generator: torch.Genera
     check(ops.csr_matmul(*csr, x, n), reference.csr_matmul(*csr, x, n), absolute, k)
 
 
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("columns_dtype", [torch.uint16, torch.int32])
+def test_long_rows_among_short_ones(ops: Ops, m: int, columns_dtype: torch.dtype, generator: torch.Generator):
+    n, k = 500, 300
+    counts = torch.randint(0, 9, (n,), generator=generator)
+    counts[[3, 64, 65, 300, 499]] = torch.tensor([63, 64, 65, 300, 200])
+    columns = torch.cat([torch.randperm(k, generator=generator)[:c].sort().values for c in counts.tolist()])
+    values = torch.randn(len(columns), generator=generator)
+    csr = (values, columns.int().to(columns_dtype), torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int())
+    x = torch.randn(m, k, generator=generator)
+    absolute = reference.csr_matmul(csr[0].abs(), *csr[1:], x.abs(), n)
+    check(ops.csr_matmul(*csr, x, n), reference.csr_matmul(*csr, x, n), absolute, k)
+
+
 @pytest.mark.parametrize("m", [0, 1, 5, 30])
 @pytest.mark.parametrize("shape", [(0, 7), (7, 0), (0, 0), (5, 9)], ids=str)
 def test_empty(ops: Ops, shape: tuple[int, int], m: int):

@@ -127,7 +127,19 @@ def test_wide_weights(ops: Ops):
         weight = random_weight(18, k, outliers=0.0005)
         x = torch.randn(2, k, generator=torch.Generator().manual_seed(0))
         assert torch.equal(dequantize(ops, weight, torch.float32), dequantize(reference, weight, torch.float32))
-        check_product(ops, x, weight)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            check_product(ops, x.to(dtype), weight)
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_does_not_matter(ops: Ops, m: int, dtype: torch.dtype):
+    """A power of two in x is one in the product, to the bit: no kernel leaves fp32's range on the way."""
+    weight = random_weight(33, 96, outliers=0.1)
+    x = torch.randn(m, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    product = linear(ops, x, weight)
+    for exponent in (-80, 80):
+        assert torch.equal(linear(ops, x * 2.0**exponent, weight), product * 2.0**exponent)
 
 
 def test_shapes_views_and_empty(ops: Ops):
