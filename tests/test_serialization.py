@@ -385,7 +385,10 @@ def test_directories_of_before_spqr_are_read(saved):
 
 BAD_SPQR = {
     "bits": (lambda m: m.update(bits=5), "module 'up': bits must be 2, 3 or 4, got 5"),
-    "stats": (lambda m: m.update(stats_group_size=0), "module 'up': stats_group_size must be a multiple of 16 up to 1024, got 0"),
+    "stats": (
+        lambda m: m.update(stats_group_size=0),
+        "module 'up': stats_group_size must be a multiple of 16 up to 1024, got 0",
+    ),
     "width": (lambda m: m.update(in_features=40), "module 'up': in_features must be a multiple of group_size 16"),
     "sign": (lambda m: m.update(out_features=-48), "module 'up': in_features and out_features are 32 and -48"),
     "type": (lambda m: m.update(bilevel=1), "module 'up' has bilevel = 1"),
