@@ -336,6 +336,8 @@ def test_options_of_another_method(llama, ids):
     for method, options, message in (
         ("int8", {"bits": 4}, "method int8 takes no bits"),
         ("int8", {"simulate": True}, "method int8 takes no simulate"),
+        ("int8", {"samples": 4}, "method int8 takes no samples"),
+        ("spqr", {"threshold": 0.0, "calibration": ids}, "threshold is of method int8, not of spqr"),
         ("spqr", {"keep_outliers": True, "calibration": ids}, "keep_outliers is of method int8"),
         ("spqr", {"tau": 0.1, "outlier_fraction": 0.1, "calibration": ids}, "tau or outlier_fraction, not both"),
         ("gptq", {"tau": 0.1, "calibration": ids}, "method gptq takes no tau"),

@@ -156,7 +156,7 @@ def quantize_model(
     model: nn.Module,
     method: str = "int8",
     skip: Sequence[str] = ("lm_head",),
-    threshold: float = 6.0,
+    threshold: float | None = None,
     progress: bool = True,
     calibration: str | os.PathLike[str] | Iterable[Any] | None = None,
     keep_outliers: bool = False,
@@ -166,7 +166,7 @@ def quantize_model(
     tau: float | None = None,
     outlier_fraction: float | None = None,
     config: SpQRConfig | None = None,
-    samples: int = 128,
+    samples: int | None = None,
     context: int | None = None,
     tokenizer: Any = None,
     resume: str | os.PathLike[str] | None = None,
@@ -190,7 +190,8 @@ def quantize_model(
         model: weights fp32, fp16 or bf16, on any device.
         method: "int8", "spqr", "gptq" or "rtn".
         skip: full dotted names, or last components of names, of layers to leave alone.
-        threshold: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; 6.0 in the paper.
+        threshold: of int8: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; by default 6.0,
+            the paper's.
         progress: show a progress bar.
         calibration: batches: tensors, fed as ``model(batch)``, or mappings, as ``model(**batch)``. For int8, of
             `keep_outliers`. For the others also token ids [tokens], or the path of a text, which `tokenizer` reads.
@@ -201,7 +202,7 @@ def quantize_model(
         tau: of spqr: relative threshold of outliers, 0.2 by default; the lower, the more.
         outlier_fraction: of spqr, in place of tau: the share of each layer's weights to keep as outliers.
         config: an `octavo.spqr.SpQRConfig` with all settings, in place of these four.
-        samples: sequences of `calibration` to use, at most.
+        samples: sequences of `calibration` to use, at most: by default 128.
         context: tokens of a sequence; by default 2048, or the model's own limit, of a text, and all of other data.
         tokenizer: of the model, for a text.
         resume: a directory for finished layers, made if it is not there. With the same model, data and settings, those
@@ -222,13 +223,15 @@ def quantize_model(
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS + BLOCK_METHODS)}")
     others: dict[str, Any] = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outlier_fraction}
     others |= {"config": config, "context": context, "tokenizer": tokenizer, "resume": resume, "simulate": simulate}
+    others["samples"] = samples
+    of_int8 = {"keep_outliers": keep_outliers, "threshold": threshold is not None}
     if method != "int8":
-        if keep_outliers:
-            raise ValueError(f"keep_outliers is of method int8, not of {method}")
-        return _quantize_blocks(model, method, skip, progress, calibration, samples, others)
+        if foreign := [name for name, given in of_int8.items() if given]:
+            raise ValueError(f"{foreign[0]} is of method int8, not of {method}")
+        return _quantize_blocks(model, method, skip, progress, calibration, 128 if samples is None else samples, others)
     if foreign := [name for name, value in others.items() if value is not None and value is not False]:
         raise ValueError(f"method int8 takes no {', '.join(foreign)}")
-    threshold = check_threshold(threshold)
+    threshold = check_threshold(6.0 if threshold is None else threshold)
     if keep_outliers != (calibration is not None):
         given = "keep_outliers=True needs calibration data" if keep_outliers else "calibration needs keep_outliers=True"
         raise ValueError(f"{given}: the outlier columns to keep are found by running it through the model")
