@@ -34,10 +34,12 @@ using SpqrLargeTile = SpqrTile<4, 8, 1>;
 // For more blocks where the large tile would leave multiprocessors idle.
 using SpqrSmallTile = SpqrTile<2, 4, 2>;
 
-// Where piece `piece` (16 bytes) of a row lies: ldmatrix, and rows that threads write, then cover all banks once.
+// Where piece `piece` (16 bytes) of a row lies: the eight rows of an ldmatrix, and the eight that threads next to each
+// other write (spqr_slot_of: two of each eight), then cover all banks once.
 template <class Tile>
 __device__ __forceinline__ int place_of(int row, int piece) {
-  return row * Tile::kRowBytes + (piece ^ (Tile::kPieces == 8 ? row % 8 : row / 2 % 4)) * 16;
+  return row * Tile::kRowBytes +
+         (piece ^ (Tile::kPieces == 8 ? (row ^ row / 8 * 2) % 8 : (row / 2 ^ row / 8) % 4)) * 16;
 }
 
 // Column 8 t + 2 f + e of 32 is column 2 t + e of fragment f: a thread ends up with eight neighbouring columns.
