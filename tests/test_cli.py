@@ -120,6 +120,8 @@ def test_settings_of_one_method_are_refused_by_another(source, text, tmp_path):
     for arguments, message in (
         (["--method", "spqr"], "method spqr needs calibration data"),
         (["--bits", 4], "--bits: for methods spqr, gptq, rtn, not int8"),
+        (["--samples", 4, "--outliers", 0.1], "--outliers, --samples: for methods spqr, gptq, rtn, not int8"),
+        (["--method", "rtn", "--threshold", 0], "--threshold: for method int8, not rtn"),
         (["--calibration", text], "method int8 takes no calibration"),
         (["--method", "rtn", "--group-size", 24], "group_size must be"),
         (["--method", "spqr", "--calibration", tmp_path / "no.txt"], "no.txt"),

@@ -131,6 +131,22 @@ def test_wide_weights(ops: Ops):
             check_product(ops, x.to(dtype), weight)
 
 
+@pytest.mark.parametrize("m", [1, 2, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (3, 16), (4, 32)])
+def test_one_large_element_costs_no_bits(ops: Ops, bits: int, group_size: int, dtype: torch.dtype, m: int):
+    """Up to 16 rows, codes are multiplied exactly: what is left of the product beside a bias of its opposite is the
+    rounding of sums in fp32."""
+    weight = random_weight(33, 1024, bits=bits, group_size=group_size, unit=2.0**-9)
+    row = torch.randn(1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    row[7] = 3000.0
+    dense = dequantize(reference, weight, torch.float32).double()
+    exact = dense @ row.double()
+    bias = -exact.float()
+    left = linear(ops, row.expand(m, -1), weight, bias).double() - (exact + bias.double())
+    assert bool((left.abs() <= 2e-6 * (dense.abs() @ row.double().abs())).all())
+
+
 @pytest.mark.parametrize("m", [1, 3, 16, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitude_does_not_matter(ops: Ops, m: int, dtype: torch.dtype):

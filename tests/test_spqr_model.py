@@ -288,7 +288,7 @@ def test_token_ids_in_any_form(llama, ids):
         (ids, {"context": 33}, "calibration sequence 0 has 32 tokens, fewer than context 33"),
         ([{"input_ids": None}], {}, "batch 0 holds no tensor"),
         (["text"], {}, "must be tensors or mappings, got str"),
-        (ids, {"samples": 0}, "samples must be at least 1, got 0"),
+        (ids, {"samples": 0}, "samples must be an integer, at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             quantized(llama, bad, **options)
@@ -338,6 +338,9 @@ def test_options_of_another_method(llama, ids):
         ("int8", {"simulate": True}, "method int8 takes no simulate"),
         ("int8", {"samples": 4}, "method int8 takes no samples"),
         ("spqr", {"threshold": 0.0, "calibration": ids}, "threshold is of method int8, not of spqr"),
+        ("spqr", {"samples": 1.5, "calibration": ids}, "samples must be an integer, at least 1, got 1.5"),
+        ("spqr", {"context": "9", "calibration": ids}, "context must be an integer, at least 1, got '9'"),
+        ("rtn", {"samples": 4}, "samples without calibration data"),
         ("spqr", {"keep_outliers": True, "calibration": ids}, "keep_outliers is of method int8"),
         ("spqr", {"tau": 0.1, "outlier_fraction": 0.1, "calibration": ids}, "tau or outlier_fraction, not both"),
         ("gptq", {"tau": 0.1, "calibration": ids}, "method gptq takes no tau"),
@@ -347,7 +350,7 @@ def test_options_of_another_method(llama, ids):
         ("spqr", {"bits": 3.0, "calibration": ids}, "bits must be an integer, got 3.0"),
         ("spqr", {"outlier_fraction": "a", "calibration": ids}, "outlier_fraction must be a number, got 'a'"),
         ("spqr", {"calibration": 5}, "calibration must be batches or the path of a text, got int"),
-        ("spqr", {"calibration": ids, "context": 0}, "context must be at least 1, got 0"),
+        ("spqr", {"calibration": ids, "context": 0}, "context must be an integer, at least 1, got 0"),
         ("spqr", {"calibration": [{"input_ids": ids[0]}], "context": 8}, "batch 0 is a mapping: cut it yourself"),
         ("spqr", {"calibration": [torch.tensor(3)]}, "calibration batch 0 is empty or a single number"),
     ):

@@ -26,63 +26,35 @@ __attribute__((always_inline)) inline __m512i pair_of(const uint32_t* x) {
   return _mm512_set1_epi32(static_cast<int>(*x));
 }
 
-// ---- few rows of x: codes become bf16 where they lie, exactly, and meet bf16 pairs of x ----
+// ---- few rows of x: codes become bf16 by a permutation, exactly, and meet bf16 pairs of x ----
 
-// With kOne above it, a code in the seven bits of the mantissa is a bf16 number: kOffset + code * 2^r, r being its
-// place. So one shift serves all the codes that fit there, a code costs one instruction that any port takes, and parts
-// has its columns of x multiplied by 2^-r. What kOffset adds to the product of a group is kOffset times the sum of
-// these.
-constexpr uint32_t kOne = 0x43004300;
-constexpr float kOffset = 128.0f;
+// bf16 of the code in the low bits of each 16-bit index; what is above them does not matter.
+template <int kBits>
+__m512i code_table() {
+  alignas(64) uint16_t table[32];
+  for (uint32_t i = 0; i < 32; ++i) table[i] = float_bits(static_cast<float>(i & ((1u << kBits) - 1))) >> 16;
+  return _mm512_load_si512(table);
+}
+
+template <int kBits, int kPair>
+__attribute__((always_inline)) inline __m512i pair_index(const __m512i (&planes)[kBits]) {
+  if constexpr (spqr_pair_is_split(kBits, kPair)) {
+    const __m512i third = _mm512_srli_epi32(planes[2], 13), second = _mm512_srli_epi32(planes[1], 14);
+    const __m512i upper = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00040004), third, second, 0xca);
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00060006), upper, _mm512_srli_epi16(planes[0], 15), 0xca);
+  } else {
+    constexpr PairPlace place = spqr_pair_place(kBits, kPair);
+    return _mm512_srli_epi16(planes[place.plane], place.shift);
+  }
+}
+
 // Bytes of codes to prefetch ahead: with one row of x, memory is what it waits for.
 template <int kBlock>
 constexpr int64_t kAhead = kBlock == 1 ? 4096 : 1024;
 
-struct CodePlace {
-  int shift, place;  // of the half word; of the code after it
-};
-constexpr CodePlace code_place(int bits, int e) {
-  if (spqr_pair_is_split(bits, e)) return {0, 0};
-  const int shift = spqr_pair_place(bits, e).shift, span = 7 / bits * bits;
-  return {shift / span * span, shift % span};
-}
-
-struct Factors {
-  float of_column[kChunk], inverse[kChunk];
-};
-constexpr Factors make_factors(int bits) {
-  Factors made{};
-  for (int j = 0; j < kChunk; ++j) {
-    made.inverse[j] = static_cast<float>(1 << code_place(bits, j / 2).place);
-    made.of_column[j] = 1.0f / made.inverse[j];
-  }
-  return made;
-}
-alignas(64) constexpr Factors kFactors[3] = {make_factors(2), make_factors(3), make_factors(4)};
-const float* factors(int bits) {
-  return kFactors[bits - 2].of_column;
-}
-
-template <int kBits, int kPair>
-__attribute__((always_inline)) inline __m512i pair_codes(const __m512i (&planes)[kBits]) {
-  constexpr CodePlace at = code_place(kBits, kPair);
-  constexpr uint32_t mask = ((1u << kBits) - 1) << at.place;
-  __m512i bits;
-  if constexpr (spqr_pair_is_split(kBits, kPair)) {
-    const __m512i third = _mm512_srli_epi32(planes[2], 13), second = _mm512_srli_epi32(planes[1], 14);
-    const __m512i upper = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00040004), third, second, 0xca);
-    bits = _mm512_ternarylogic_epi32(_mm512_set1_epi32(0x00060006), upper, _mm512_srli_epi16(planes[0], 15), 0xca);
-  } else {
-    const __m512i plane = planes[spqr_pair_place(kBits, kPair).plane];
-    bits = at.shift ? _mm512_srli_epi16(plane, at.shift) : plane;
-  }
-  return _mm512_ternarylogic_epi32(bits, _mm512_set1_epi32(static_cast<int>(mask | mask << 16)),
-                                   _mm512_set1_epi32(kOne), 0xea);  // bits & mask | one
-}
-
 template <int kBits, int kPair, int kEnd, class Each>
 __attribute__((always_inline)) inline void each_pair(const __m512i (&planes)[kBits], const Each& each) {
-  each(kPair, pair_codes<kBits, kPair>(planes));
+  each(kPair, pair_index<kBits, kPair>(planes));
   if constexpr (kPair + 1 < kEnd) each_pair<kBits, kPair + 1, kEnd>(planes, each);
 }
 
@@ -93,8 +65,7 @@ inline __m512 field_table(int bits) {
 
 // With bilevel statistics s = ss * q + (-zs * ss) and z = sz * q' + (-zz * sz), q and q' being codes: a group's
 //   s * (dot - z * sum of x) = s * ((dot + zz * sz * sum) - q' * (sz * sum))
-// costs four instructions on top of looking up q and q', because the sum of products starts at zz * sz * sum, less what
-// kOffset will add.
+// costs four instructions on top of looking up q and q', because the sum of products starts at zz * sz * sum.
 struct SecondOrder {
   float ss, shift, sz, zz;  // shift: -zs * ss; zz: zz * sz
 };
@@ -113,16 +84,14 @@ inline void load_second_order(const SpqrWeight& w, int64_t tile, int64_t group, 
   }
 }
 
-// With one row of x: sz and zz times its sums, and off the latter the offset.
-inline void multiply_by_sums(const float* sums, const float* factor_sums, int64_t count, SecondOrder* second) {
+// With one row of x: sz and zz times its sums.
+inline void multiply_by_sums(const float* sums, int64_t count, SecondOrder* second) {
   float* to = &second->ss;
   for (int64_t g = 0; g < count; g += 4) {
     const int left = static_cast<int>(count - g < 4 ? count - g : 4);
     const __m512i order = _mm512_srli_epi32(Vec::lane_ids(), 2);
     const __m512 x = _mm512_permutexvar_ps(order, Vec::load(sums + g, left)), v = _mm512_load_ps(to + 4 * g);
-    const __m512 offset = _mm512_permutexvar_ps(order, Vec::load(factor_sums + g, left));
-    const __m512 products = _mm512_mask_mul_ps(v, 0xcccc, v, x);
-    _mm512_store_ps(to + 4 * g, _mm512_mask3_fnmadd_ps(offset, _mm512_set1_ps(kOffset), products, 0x8888));
+    _mm512_store_ps(to + 4 * g, _mm512_mask_mul_ps(v, 0xcccc, v, x));
   }
 }
 
@@ -174,15 +143,13 @@ __attribute__((always_inline)) inline void prepare_groups(const SpqrInput& in, i
                                                           const StreamStatistics<kBilevel>& statistics,
                                                           StreamGroups<kBlock>& of) {
   const float* sums = in.sums + group * kBlock;
-  const float* factor_sums = in.factor_sums + group * kBlock;
   if constexpr (kBilevel) load_second_order(statistics.w, statistics.tile, group, count, of.second);
-  if constexpr (kBlock == 1 && kBilevel) multiply_by_sums(sums, factor_sums, count, of.second);
+  if constexpr (kBlock == 1 && kBilevel) multiply_by_sums(sums, count, of.second);
   for (int64_t g = 0; g < count && !(kBlock == 1 && kBilevel); ++g) {
     const __m512 x = Vec::load(sums + g * kBlock, kBlock);
-    const __m512 offset = _mm512_mul_ps(Vec::load(factor_sums + g * kBlock, kBlock), _mm512_set1_ps(kOffset));
     const float sz = kBilevel ? of.second[g].sz : 1.0f, zz = kBilevel ? of.second[g].zz : 0.0f;
     Vec::store(of.factor[g], _mm512_mul_ps(x, _mm512_set1_ps(sz)), kBlock);
-    Vec::store(of.start[g], _mm512_fmsub_ps(x, _mm512_set1_ps(zz), offset), kBlock);
+    Vec::store(of.start[g], _mm512_mul_ps(x, _mm512_set1_ps(zz)), kBlock);
   }
   if constexpr (kBlock == 16)
     for (int64_t g = 0; g < count; ++g) {
@@ -235,7 +202,9 @@ __attribute__((always_inline)) inline void stream_some(const SpqrInput& in, int6
     ++at;
     begin_group();  // one more than there are: what it reads is not used
   };
-  const auto each = [&](int e, __m512i codes) __attribute__((always_inline)) {
+  const __m512i table = code_table<kBits>();
+  const auto each = [&](int e, __m512i index) __attribute__((always_inline)) {
+    const __m512i codes = _mm512_permutexvar_epi16(index, table);
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 2
@@ -306,11 +275,9 @@ __attribute__((always_inline)) inline __m512i bf16_bits(__m512 v) {
   return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }
 void make_outlier_pairs(const SpqrWeight& w, int64_t begin, int64_t count, OutlierPairs& to) {
-  const float* inverse = kFactors[w.bits - 2].inverse;
-  const __m512 low = _mm512_load_ps(inverse), high = _mm512_load_ps(inverse + 16);
   for (int64_t e = 0; e < count; e += 16) {
     const __m512i words = Vec::load_bits(w.outliers + begin + e, static_cast<int>(count - e < 16 ? count - e : 16));
-    const __m512 value = _mm512_mul_ps(SpqrVec::high_halves(words), _mm512_permutex2var_ps(low, words, high));
+    const __m512 value = SpqrVec::high_halves(words);
     const __m512i first = bf16_bits(value);
     const __m512i rest = bf16_bits(_mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(first, 16))));
     const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(words, _mm512_set1_epi32(1)), 4);
@@ -365,13 +332,12 @@ void add_outliers(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, float*
 }
 
 // bf16 x for streaming: parts by moving 16-bit numbers, and the sums of all rows of a block at once, out of parts.
-void prepare_rows(const SpqrMatmul& p, const SpqrInput& in, int64_t i) {
+void prepare_row(const SpqrMatmul& p, const SpqrInput& in, int64_t i) {
   const SpqrWeight& w = p.w;
   constexpr int64_t kSome = 512;  // columns at a time
   alignas(64) uint16_t some[kSome];
   const uint16_t* x = static_cast<const uint16_t*>(p.x) + i * w.k;
   const uint16_t* ids = static_cast<const uint16_t*>(w.perm);
-  const __m512 low = _mm512_load_ps(in.factors), high = _mm512_load_ps(in.factors + 16);
   for (int64_t j0 = 0; j0 < in.columns; j0 += kSome) {
     const int64_t count = in.columns - j0 < kSome ? in.columns - j0 : kSome;
     const int64_t inside = i >= p.m ? 0 : w.k - j0 < count ? w.k - j0 : count;
@@ -382,36 +348,24 @@ void prepare_rows(const SpqrMatmul& p, const SpqrInput& in, int64_t i) {
     for (int64_t j = inside; j < count; ++j) some[j] = 0;
     if (in.x)
       for (int64_t j = 0; j < count; ++j) in.x[(j0 + j) * in.block + i] = bits_float(uint32_t{some[j]} << 16);
-    for (int64_t j = 0; j < count; j += kChunk) {
-      const BFloat16* at = reinterpret_cast<const BFloat16*>(some + j);
-      const __m512 first = _mm512_mul_ps(Vec::load(at), low), second = _mm512_mul_ps(Vec::load(at + 16), high);
-      _mm512_store_si512(some + j, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
-    }
     uint32_t* to = in.parts + j0 / 2 * in.block + i;
     for (int64_t e = 0; e < count / 2; ++e) __builtin_memcpy(to + e * in.block, some + 2 * e, 4);
   }
 }
 void prepare_sums(const SpqrMatmul& p, const SpqrInput& in) {
-  const SpqrWeight& w = p.w;
   const __m512i one = _mm512_set1_epi32(0x3f803f80);
   const int lanes = static_cast<int>(in.block);
-  uint32_t inverse[kPairs];  // what undoes the factors of a pair
-  for (int e = 0; e < kPairs; ++e) inverse[e] = (float_bits(1.0f / in.factors[2 * e]) >> 16) * 0x00010001u;
-  const int64_t pairs_of_group = w.group_size / 2;
-  for (int64_t g = 0; g < spqr_groups(w); ++g) {
-    __m512 sum[2] = {}, factor_sum[2] = {};
-    for (int64_t e = g * pairs_of_group; e < (g + 1) * pairs_of_group; ++e) {
-      const __m512i line = Vec::load_bits(in.parts + e * in.block, lanes);
-      sum[e % 2] = dot_pairs(sum[e % 2], line, pair_of(inverse + e % kPairs));
-      factor_sum[e % 2] = dot_pairs(factor_sum[e % 2], line, one);
-    }
+  const int64_t pairs_of_group = p.w.group_size / 2;
+  for (int64_t g = 0; g < spqr_groups(p.w); ++g) {
+    __m512 sum[2] = {};
+    for (int64_t e = g * pairs_of_group; e < (g + 1) * pairs_of_group; ++e)
+      sum[e % 2] = dot_pairs(sum[e % 2], Vec::load_bits(in.parts + e * in.block, lanes), one);
     Vec::store(in.sums + g * in.block, _mm512_add_ps(sum[0], sum[1]), lanes);
-    Vec::store(in.factor_sums + g * in.block, _mm512_add_ps(factor_sum[0], factor_sum[1]), lanes);
   }
 }
 void prepare(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end) {
-  if (!in.factors || p.dtype != DType::bf16) return Plain::prepare(p, in, begin, end);
-  for (int64_t i = 0; i < in.block; ++i) prepare_rows(p, in, i);  // streaming has one block
+  if (!in.sums || in.planes != 1) return Plain::prepare(p, in, begin, end);
+  for (int64_t i = 0; i < in.block; ++i) prepare_row(p, in, i);  // streaming has one block
   prepare_sums(p, in);
 }
 
@@ -491,7 +445,6 @@ constexpr SpqrLoops spqr_bf16_loops{.parts_of_half = 2,
                                     .parts_of_bfloat16 = 1,
                                     .bfloat16_panels = true,
                                     .tiled = false,
-                                    .factors = factors,
                                     .panel_tiles = kPanelTiles,
                                     .panel_rows = kRows,
                                     .prepare = prepare,

@@ -53,12 +53,7 @@ int64_t lay_out(const SpqrMatmul& p, const SpqrLoops& l, uintptr_t base, SpqrInp
   // Outliers read x in fp32, or, where one plane is all of it and they meet several rows, that.
   const bool outliers_need_x = streaming && p.w.row_offsets && (in.planes != 1 || p.m == 1 || p.w.wide);
   if (!in.planes || outliers_need_x) in.x = reinterpret_cast<float*>(take(elements * sizeof(float)));
-  const int64_t sums = in.rows * spqr_groups(p.w) * sizeof(float);
-  if (streaming) in.sums = reinterpret_cast<float*>(take(sums));
-  if (streaming && in.planes && l.factors) {
-    in.factors = l.factors(p.w.bits);
-    in.factor_sums = reinterpret_cast<float*>(take(sums));
-  }
+  if (streaming) in.sums = reinterpret_cast<float*>(take(in.rows * spqr_groups(p.w) * sizeof(float)));
   return bytes;
 }
 

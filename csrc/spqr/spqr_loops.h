@@ -16,15 +16,12 @@ struct SpqrInput {
   bool tiled;
   int planes;   // 1 or 2; 0 without parts
   float* sums;  // streaming: [groups, block], sums of x over the groups
-  const float* factors;  // [32] or null: powers of two that parts has multiplied the columns of a chunk by
-  float* factor_sums;    // with factors: [groups, block], sums over the groups of what parts adds up to
 };
 
 struct SpqrLoops {
   int parts_of_half, parts_of_bfloat16;  // planes that streaming wants for this dtype; 0: fp32
   bool bfloat16_panels;                  // whether products of many rows of bf16 x read parts, not x
   bool tiled;                            // and these in tiles
-  const float* (*factors)(int bits);     // what streaming wants its parts multiplied by; or null
   int64_t panel_tiles, panel_rows;       // row tiles that a task of such a product takes; its blocks of x
   void (*prepare)(const SpqrMatmul&, const SpqrInput&, int64_t begin, int64_t end);  // blocks of x
   void (*stream)(const SpqrMatmul&, const SpqrInput&, int64_t begin, int64_t end);   // row tiles
@@ -103,20 +100,6 @@ struct Spqr : SpqrLanes<V> {
         float* to = in.x + (block * in.columns + j0) * in.block + i;
         for (int64_t j = 0; j < count; ++j) to[j * in.block] = some[j];
       }
-      const auto sum_groups = [&](float* sums) {
-        for (int64_t j = 0; j < count && j0 + j < w.k; j += w.group_size) {  // 512 is a multiple of every group size
-          float sum[8] = {};
-          for (int e = 0; e < w.group_size; e += 8)
-            for (int l = 0; l < 8; ++l) sum[l] += some[j + e + l];
-          sums[(j0 + j) / w.group_size * in.block + i] =
-              ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-        }
-      };
-      if (in.sums) sum_groups(in.sums);
-      if (in.factors) {
-        for (int64_t j = 0; j < count; ++j) some[j] *= in.factors[j % kChunk];
-        sum_groups(in.factor_sums);
-      }
       if (in.parts) {
         uint32_t* to = in.parts + (block * in.columns + j0) / 2 * (in.block * in.planes) + i * in.planes;
         for (int64_t j = 0; j < count; j += V::kWidth) {
@@ -134,6 +117,14 @@ struct Spqr : SpqrLanes<V> {
           if (in.planes == 2) __builtin_memcpy(to + e * (in.block * in.planes) + 1, low + 2 * e, 4);
         }
       }
+      if (in.sums)
+        for (int64_t j = 0; j < count && j0 + j < w.k; j += w.group_size) {  // 512 is a multiple of every group size
+          float sum[8] = {};
+          for (int e = 0; e < w.group_size; e += 8)
+            for (int l = 0; l < 8; ++l) sum[l] += some[j + e + l];
+          in.sums[(j0 + j) / w.group_size * in.block + i] =
+              ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+        }
     }
   }
 
@@ -432,7 +423,6 @@ struct Spqr : SpqrLanes<V> {
                                    .parts_of_bfloat16 = 0,
                                    .bfloat16_panels = false,
                                    .tiled = false,
-                                   .factors = nullptr,
                                    .panel_tiles = kPanelTiles,
                                    .panel_rows = kRows,
                                    .prepare = prepare,

@@ -189,7 +189,7 @@ def quantize_to_directory(
     source: Source,
     target: str | os.PathLike[str],
     method: str = "int8",
-    threshold: float = 6.0,
+    threshold: float | None = None,
     skip: Sequence[str] = ("lm_head",),
     *,
     calibration: str | os.PathLike[str] | None = None,
@@ -204,8 +204,8 @@ def quantize_to_directory(
     an interruption leaves nothing, and finished layers only where settings name a directory to `resume` from.
 
     Returns:
-        "layers" quantized, and bytes of the files: "bytes_before" and "bytes_after"; for the methods with calibration
-        the "report" of `quantize_model`.
+        "layers" quantized, and bytes of the files: "bytes_before" and "bytes_after"; for int8 the "threshold" (6.0 by
+        default), for the others the "report" of `quantize_model`.
 
     Raises:
         ModelError: `source` cannot be read, or is quantized already.
@@ -219,6 +219,8 @@ def quantize_to_directory(
     given = [name for name, value in {"calibration": calibration, **settings}.items() if value is not None]
     if given and not in_blocks:
         raise ValueError(f"method {method} takes no {', '.join(given)}")
+    if in_blocks and threshold is not None:
+        raise ValueError(f"threshold is of method int8, not of {method}")
     if in_blocks and method != "rtn" and calibration is None:
         raise ValueError(f"method {method} needs calibration data: a text of a few hundred kilobytes or more")
     _transformers()
@@ -226,7 +228,7 @@ def quantize_to_directory(
     from .integrations.transformers import OctavoConfig, mark_quantized
     from .nn import SpQRLinear
 
-    config = OctavoConfig("spqr" if in_blocks else method, threshold, skip)
+    config = OctavoConfig("spqr" if in_blocks else method, 6.0 if threshold is None else threshold, skip)
     report = None
     with new_directory(target) as path:
         tokenizer = load_tokenizer(source) if _has_tokenizer(source) else None
@@ -235,7 +237,7 @@ def quantize_to_directory(
             settings |= {"calibration": calibration, "tokenizer": tokenizer}
             report = quantize_model(model, method, config.skip, progress=progress, **settings)
             first = next(module for module in model.modules() if isinstance(module, SpQRLinear))
-            mark_quantized(model, OctavoConfig("spqr", threshold, skip, **first.options._asdict()))
+            mark_quantized(model, OctavoConfig("spqr", config.threshold, skip, **first.options._asdict()))
         elif source.kind == "gguf":
             model = load_model(source)
             quantize_model(model, method, config.skip, config.threshold, progress=False)
@@ -248,7 +250,7 @@ def quantize_to_directory(
         bytes_after = find_source(path).bytes
     layers = sum(isinstance(module, MODULES) for module in model.modules())
     done = {"layers": layers, "bytes_before": source.bytes, "bytes_after": bytes_after}
-    return done if report is None else done | {"report": report}
+    return done | ({"threshold": config.threshold} if report is None else {"report": report})
 
 
 def _has_tokenizer(source: Source) -> bool:

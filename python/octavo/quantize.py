@@ -190,8 +190,8 @@ def quantize_model(
         model: weights fp32, fp16 or bf16, on any device.
         method: "int8", "spqr", "gptq" or "rtn".
         skip: full dotted names, or last components of names, of layers to leave alone.
-        threshold: of int8: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; by default 6.0,
-            the paper's.
+        threshold: of int8: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; by default
+            6.0, the paper's.
         progress: show a progress bar.
         calibration: batches: tensors, fed as ``model(batch)``, or mappings, as ``model(**batch)``. For int8, of
             `keep_outliers`. For the others also token ids [tokens], or the path of a text, which `tokenizer` reads.
@@ -281,6 +281,8 @@ def _quantize_blocks(
         )
     if config.propagate and calibration is None:
         raise ValueError(f"method {method} needs calibration data")
+    if calibration is None and (idle := [name for name in ("samples", "context") if given[name] is not None]):
+        raise ValueError(f"{', '.join(idle)} without calibration data")
     targets, skipped = _find_targets(model, skip, None)
     for target in targets:
         check_weight(target.linear, target.names[0])
@@ -304,7 +306,8 @@ def _quantize_blocks(
 
         def measured(linear: nn.Linear, codes: SpQRCodes) -> None:
             share = f", {codes.outlier_share:.2%} outliers" if config.has_outliers else ""
-            done(f"{names[linear][0]}: {codes.nominal_bits:.2f} bits{share}, error {codes.error:.2%}")
+            error = "" if math.isnan(codes.error) else f", error {codes.error:.2%}"  # known with calibration data only
+            done(f"{names[linear][0]}: {codes.nominal_bits:.2f} bits{share}{error}")
 
         def finished(linear: nn.Linear, codes: SpQRCodes) -> None:
             before = _bytes(linear)

@@ -71,7 +71,9 @@ def _known_method(name: str) -> str:
     return name
 
 
-def _valid_threshold(value: float) -> float:
+def _valid_threshold(value: float | None) -> float | None:
+    if value is None:
+        return None
     try:
         return check_threshold(value)
     except ValueError as error:
@@ -89,10 +91,12 @@ Threads = Annotated[
     typer.Option(min=1, metavar="N", callback=_use_threads, show_default="PyTorch's choice", help="CPU threads."),
 ]
 Threshold = Annotated[
-    float,
+    float | None,
     typer.Option(
         callback=_valid_threshold,
-        help="|x| from which an activation's column is multiplied in 16 bit. 0: never; lower: more accurate, slower.",
+        show_default="6.0",
+        help="int8: |x| from which an activation's column is multiplied in 16 bit. 0: never; lower: more accurate, "
+        "slower.",
     ),
 ]
 _SOURCE_HELP = "A transformers directory, a GGUF file, OWNER/NAME on the hub, or smollm2."
@@ -147,7 +151,7 @@ def quantize(
             help="int8: LLM.int8(), arXiv 2208.07339. spqr: SpQR, 2306.03078, 2 to 4 bits. gptq, rtn: its baselines.",
         ),
     ] = "int8",
-    threshold: Threshold = 6.0,
+    threshold: Threshold = None,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", show_default=False, help="spqr, gptq: a text to calibrate on, UTF-8."),
@@ -164,7 +168,9 @@ def quantize(
         float | None,
         typer.Option(min=0.0, max=0.5, show_default=False, help="spqr: the share of outliers, in place of --tau."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="spqr, gptq: sequences of the text to calibrate on.")] = 128,
+    samples: Annotated[
+        int | None, typer.Option(min=1, show_default="128", help="spqr, gptq: sequences of the text to calibrate on.")
+    ] = None,
     context: Annotated[
         int | None, typer.Option(min=2, show_default="2048 or the model's limit", help="Tokens of each.")
     ] = None,
@@ -202,19 +208,19 @@ def quantize(
     begin = time.perf_counter()
     with _one_line_errors():
         found = models.resolve(str(source))
-        settings: dict[str, Any] = {}
-        if method in BLOCK_METHODS:
-            settings = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outliers}
-            settings |= {"samples": samples, "context": context, "resume": resume, "progress": True}
-        elif given := [
-            name
-            for name, value in (("--bits", bits), ("--group-size", group_size), ("--tau", tau), ("--resume", resume))
-            if value is not None
-        ]:
+        settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outliers}
+        settings |= {"samples": samples, "context": context, "resume": resume}
+        option = {name: "--" + name.replace("_", "-") for name in settings} | {"outlier_fraction": "--outliers"}
+        given = [option[name] for name, value in settings.items() if value is not None]
+        if given and method not in BLOCK_METHODS:
             raise ValueError(f"{', '.join(given)}: for methods {', '.join(BLOCK_METHODS)}, not {method}")
+        if method in BLOCK_METHODS:
+            if threshold is not None:
+                raise ValueError(f"--threshold: for method int8, not {method}")
+            settings["progress"] = True
         done = models.quantize_to_directory(found, target, method, threshold, skip, calibration=calibration, **settings)
     before, after = done["bytes_before"] / 1e6, done["bytes_after"] / 1e6
-    about = f"threshold {threshold:g}"
+    about = f"threshold {done['threshold']:g}" if method not in BLOCK_METHODS else ""
     if report := done.get("report"):
         about = f"{report.nominal_bits:.2f} bits by the paper's count, {report.real_bits:.2f} stored"
     _console().print(

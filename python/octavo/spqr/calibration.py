@@ -31,10 +31,9 @@ def prepare(
         ValueError: no sequence, or one shorter than `context`; a context that cannot be, or for batches that have none;
             a text without a tokenizer; batches of another kind.
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    if context is not None and context < 1:
-        raise ValueError(f"context must be at least 1, got {context}")
+    for name, value in (("samples", samples), ("context", context)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be an integer, at least 1, got {value!r}")
     if isinstance(calibration, Tensor) and calibration.dim() == 1 and not calibration.is_floating_point():
         calibration = [calibration]
     if not isinstance(calibration, (str, os.PathLike, Iterable)):
