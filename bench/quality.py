@@ -218,7 +218,7 @@ def measure(subject: Subject, method: Method, simulate: bool) -> Row:
             skip=subject.skip,
             config=method.config,
             calibration=calibration,
-            samples=_ALL,
+            samples=_ALL if calibration else None,
             simulate=simulate,
             progress=False,
         )
