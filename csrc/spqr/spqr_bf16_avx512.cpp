@@ -118,7 +118,7 @@ struct StreamStatistics {
       : w(weight),
         tile(of_tile),
         record_bytes(spqr_record_bytes(weight)),
-        records(weight.statistics + of_tile * spqr_groups(weight) * record_bytes),
+        records(kBilevel ? weight.statistics + of_tile * spqr_groups(weight) * record_bytes : nullptr),
         fields(weight.scale_bits + weight.zero_bits),
         scale_table(field_table(weight.scale_bits)),
         zero_table(field_table(weight.zero_bits)),
