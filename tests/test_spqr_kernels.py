@@ -150,7 +150,8 @@ def test_one_large_element_costs_no_bits(ops: Ops, bits: int, group_size: int, d
 @pytest.mark.parametrize("m", [1, 3, 16, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitude_does_not_matter(ops: Ops, m: int, dtype: torch.dtype):
-    """A power of two in x is one in the product, to the bit: no kernel leaves fp32's range on the way."""
+    """A power of two in x is one in the product, to the bit, well within fp32's range: nothing is added that x does
+    not scale."""
     weight = random_weight(33, 96, outliers=0.1)
     x = torch.randn(m, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
     product = linear(ops, x, weight)

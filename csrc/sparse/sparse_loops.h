@@ -55,8 +55,8 @@ struct CsrLoops {
   using F = typename V::F;
   static constexpr int kWidth = V::kWidth;
   static constexpr int kTileRows = 16;      // rows of S whose sums are stored together, as vectors along out's rows
-  static constexpr int64_t kShortRow = 16;  // entries, on average over a chunk
   static constexpr int kLongTile = 256;     // the same of one row of x, where a sum is all there is to a row of S
+  static constexpr int64_t kShortRow = 16;  // entries, on average over a chunk
 
   static F multiply_add(F a, F b, F c) {
     if constexpr (kWidth == 1)
