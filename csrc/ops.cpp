@@ -36,6 +36,17 @@ static void define_ops(Library& m) {
   m.def(
       "dequantize_blockwise(Tensor codes, Tensor absmax, ScalarType dtype, int blocksize=256, bool signed=True, "
       "Tensor? code=None) -> Tensor");
+  // low-bit block-wise quantization and products: csrc/nf4/nf4.h
+  m.def("nf4_quantize(Tensor x, str quant_type=\"nf4\", int blocksize=64) -> (Tensor packed, Tensor absmax)");
+  m.def(
+      "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int[] size, "
+      "ScalarType dtype, str quant_type=\"nf4\", int blocksize=64) -> Tensor");
+  m.def(
+      "nf4_linear(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, Tensor? bias, int n, "
+      "str quant_type=\"nf4\", int blocksize=64) -> Tensor");
+  m.def(
+      "nf4_linear_transposed(Tensor g, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? offset, int k, "
+      "str quant_type=\"nf4\", int blocksize=64) -> Tensor");
   // SpQR: one block of columns, as in csrc/spqr/columns.h
   m.def(
       "spqr_quantize_columns(Tensor weight, Tensor factor, float threshold, int bits, int group_size, "

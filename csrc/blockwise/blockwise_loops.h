@@ -25,6 +25,7 @@ extern const BlockwiseLoops blockwise_loops;
 // ISA files only, after the target pragma.
 #ifdef OCTAVO_ISA_LOOPS
 #include "blockwise/codec.h"
+#include "cpu/block_absmax.h"
 
 namespace octavo::cpu {
 namespace {
@@ -42,16 +43,6 @@ struct BlockLoops {
       codes[j] = static_cast<uint8_t>(block_code(to_float(x[j]), inverse, thresholds, zero));
   }
 
-  template <class T>
-  static uint32_t finite_absmax(const T* x, int64_t count) {
-    uint32_t most = 0;
-    for (int64_t j = 0; j < count; ++j) {
-      const uint32_t bits = abs_bits(to_float(x[j]));
-      if (bits < 0x7f800000u && bits > most) most = bits;
-    }
-    return most;
-  }
-
   template <class T, bool kSigned>
   static void quantize_as(const QuantizeBlocks& p, const float* thresholds, int64_t begin, int64_t end) {
     const Codec<V, kSigned> codec;
@@ -60,22 +51,18 @@ struct BlockLoops {
       const int64_t first = b * p.blocksize, count = p.count - first < p.blocksize ? p.count - first : p.blocksize;
       const T* x = static_cast<const T*>(p.x) + first;
       uint8_t* codes = p.codes + first;
-      U most = V::zero_bits();
-      int64_t j = 0;
-      for (; j + V::kWidth <= count; j += V::kWidth) most = V::max_bits(most, V::abs_bits(V::load(x + j)));
-      if (j < count) most = V::max_bits(most, V::abs_bits(V::load(x + j, static_cast<int>(count - j))));
-      const uint32_t bits = V::reduce_max(most);
-      const bool finite = bits < 0x7f800000u;
-      const float absmax = block_absmax(bits_float(finite ? bits : finite_absmax(x, count)));
+      const BlockMost most = block_most<V>(x, count);
+      const float absmax = block_absmax(most.most);
       const float inverse = block_inverse(absmax);
       p.absmax[b] = absmax;
       if (thresholds) {
         quantize_slowly(x, count, inverse, thresholds, nearest_code(0.0f, thresholds), codes);
-      } else if (!finite) {
+      } else if (!most.finite) {
         quantize_slowly(x, count, inverse, map.threshold, map.zero, codes);
       } else {
         const F scale = V::set(inverse);
-        for (j = 0; j + V::kWidth <= count; j += V::kWidth)
+        int64_t j = 0;
+        for (; j + V::kWidth <= count; j += V::kWidth)
           V::store_codes(codes + j, codec.encode(V::mul(V::load(x + j), scale)));
         if (const int n = static_cast<int>(count - j); n > 0)
           V::store_codes(codes + j, codec.encode(V::mul(V::load(x + j, n), scale)), n);

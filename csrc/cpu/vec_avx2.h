@@ -194,6 +194,26 @@ struct Vec {
                                          _mm256_permutevar8x32_ps(table.part[3], index), bit3);
     return _mm256_castps_si256(_mm256_blendv_ps(low, high, bit4));
   }
+  struct Table16 {
+    __m256 low, high;
+  };
+  static Table16 table16(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static F lookup16(const Table16& table, U index) {
+    const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index), _mm256_permutevar8x32_ps(table.high, index),
+                            bit3);
+  }
+  // even[0], odd[0], even[1], ... as two vectors.
+  static void interleave(F even, F odd, F& first, F& second) {
+    const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    first = _mm256_permute2f128_ps(low, high, 0x20);
+    second = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+  static float reduce_add(F v) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+  }
   static U rotate_left_1(U v) { return _mm256_or_si256(_mm256_slli_epi32(v, 1), _mm256_srli_epi32(v, 31)); }
   static U shift_right_by(U v, U n) { return _mm256_srlv_epi32(v, n); }
   static F to_float(U v) { return _mm256_cvtepi32_ps(v); }

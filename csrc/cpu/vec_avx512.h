@@ -130,6 +130,16 @@ struct Vec {
   };
   static Table32 table32(const uint32_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16)}; }
   static U lookup(const Table32& table, U index) { return _mm512_permutex2var_epi32(table.low, index, table.high); }
+  using Table16 = __m512;
+  static Table16 table16(const float* p) { return _mm512_loadu_ps(p); }
+  static F lookup16(Table16 table, U index) { return _mm512_permutexvar_ps(index, table); }
+  // even[0], odd[0], even[1], ... as two vectors.
+  static void interleave(F even, F odd, F& first, F& second) {
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    first = _mm512_permutex2var_ps(even, order, odd);
+    second = _mm512_permutex2var_ps(even, _mm512_add_epi32(order, _mm512_set1_epi32(8)), odd);
+  }
+  static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   static U rotate_left_1(U v) { return _mm512_rol_epi32(v, 1); }
   static U shift_right_by(U v, U n) { return _mm512_srlv_epi32(v, n); }
   static F to_float(U v) { return _mm512_cvtepi32_ps(v); }

@@ -73,6 +73,12 @@ struct Vec {
   static void store_codes(uint8_t* p, U codes, int = kWidth) { *p = static_cast<uint8_t>(codes); }
   static void store_high_halves(BFloat16* p, U v, int = kWidth) { p->bits = static_cast<uint16_t>(v >> 16); }
   static double sum_of_squares(F v) { return static_cast<double>(v) * static_cast<double>(v); }
+  static float reduce_add(F v) { return v; }
+
+  using Table16 = const float*;
+  static Table16 table16(const float* p) { return p; }
+  static F lookup16(Table16 table, U index) { return table[index & 15]; }
+  static void interleave(F even, F odd, F& first, F& second) { first = even, second = odd; }
 };
 
 }  // namespace

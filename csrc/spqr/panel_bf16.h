@@ -1,22 +1,12 @@
 #pragma once
-// Panels of a dequantized weight as pairs of bf16, [pair][row of the tile]: what a vdpbf16ps takes, and at the same
-// time a right operand of an AMX tile. After the target pragma of an AVX512-BF16 file.
+// Panels (cpu/panel_bf16.h) of a dequantized SpQR weight. After the target pragma of an AVX512-BF16 file.
+#include "cpu/panel_bf16.h"
 #include "spqr/spqr_loops.h"
 
 namespace octavo::cpu::avx512 {
 namespace {
 
 using Plain = Spqr<SpqrVec>;
-
-constexpr int64_t kPanelTiles = 8, kPanelColumns = 512;
-constexpr int64_t kPanelWords = kPanelColumns / 2 * kTileRows16, kStride = kPanelTiles * kTileRows16;
-
-// Even and odd columns of 16 rows as 16 words.
-__attribute__((always_inline)) inline __m512i to_pairs(__m512 even, __m512 odd) {
-  const __m512i order = _mm512_add_epi32(_mm512_set1_epi32(0x00100000),
-                                         _mm512_mullo_epi32(Vec::lane_ids(), _mm512_set1_epi32(0x00010001)));
-  return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
-}
 
 struct PanelScratch {
   alignas(64) uint32_t panel[kPanelTiles * kPanelWords];

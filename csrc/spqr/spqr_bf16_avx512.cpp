@@ -18,14 +18,6 @@
 namespace octavo::cpu::avx512 {
 namespace {
 
-__attribute__((always_inline)) inline __m512 dot_pairs(__m512 sum, __m512i a, __m512i b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-// The two columns of a pair of x, for all lanes.
-__attribute__((always_inline)) inline __m512i pair_of(const uint32_t* x) {
-  return _mm512_set1_epi32(static_cast<int>(*x));
-}
-
 // ---- few rows of x: codes become bf16 by a permutation, exactly, and meet bf16 pairs of x ----
 
 // bf16 of the code in the low bits of each 16-bit index; what is above them does not matter.
@@ -396,45 +388,8 @@ void stream(const SpqrMatmul& p, const SpqrInput& in, int64_t begin, int64_t end
 
 // ---- many rows of bf16 x ----
 
-constexpr int kRows = 12;
-
-template <int kCount, int kTiles>
-void multiply_rows(const uint32_t* x, const uint32_t* panel, int64_t pairs, float* sums) {
-  __m512 acc[kCount][kTiles];
-#pragma GCC unroll 12
-  for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) acc[i][t] = _mm512_load_ps(sums + i * kStride + t * kTileRows16);
-  for (int64_t e = 0; e < pairs; ++e) {
-    __m512i b[kTiles];
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) b[t] = _mm512_load_si512(panel + t * kPanelWords + e * kTileRows16);
-#pragma GCC unroll 12
-    for (int i = 0; i < kCount; ++i) {
-      const __m512i a = pair_of(x + e * kRows + i);
-#pragma GCC unroll 2
-      for (int t = 0; t < kTiles; ++t) acc[i][t] = dot_pairs(acc[i][t], b[t], a);
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) _mm512_store_ps(sums + i * kStride + t * kTileRows16, acc[i][t]);
-}
-
-template <int kTiles>
-void multiply_panel(const uint32_t* x, int64_t rows, const uint32_t* panel, int64_t pairs, float* sums) {
-  (rows > 8   ? multiply_rows<12, kTiles>
-   : rows > 4 ? multiply_rows<8, kTiles>
-              : multiply_rows<4, kTiles>)(x, panel, pairs, sums);
-}
-
 void multiply(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t row, int64_t rows) {
-  if (in.parts)
-    return multiply_panels<kRows>(p, in, tile, row, rows,
-                                  [](auto* x, int64_t left, auto* panel, bool two, int64_t pairs, float* sums) {
-                                    (two ? multiply_panel<2> : multiply_panel<1>)(x, left, panel, pairs, sums);
-                                  });
+  if (in.parts) return multiply_panels<Bf16Panel::kRows>(p, in, tile, row, rows, Bf16Panel::multiply_two);
   for (int64_t t = tile; t < tile + kPanelTiles && t < spqr_row_tiles(p.w); t += Plain::kPanelTiles)
     Plain::multiply(p, in, t, row, rows);
 }
@@ -446,12 +401,10 @@ constexpr SpqrLoops spqr_bf16_loops{.parts_of_half = 2,
                                     .bfloat16_panels = true,
                                     .tiled = false,
                                     .panel_tiles = kPanelTiles,
-                                    .panel_rows = kRows,
+                                    .panel_rows = Bf16Panel::kRows,
                                     .prepare = prepare,
                                     .stream = stream,
                                     .multiply = multiply,
                                     .dequantize = Plain::dequantize};
-static_assert(kRows == Plain::kRows);  // one form of x for both kinds of panels
-
 }  // namespace octavo::cpu::avx512
 #endif

@@ -50,6 +50,7 @@ extern const SpqrLoops spqr_loops;  // many rows of bf16 x only
 
 // ISA files only, after the target pragma.
 #ifdef OCTAVO_ISA_LOOPS
+#include "cpu/panel.h"
 #include "spqr/spqr_lanes.h"
 
 namespace octavo::cpu {
@@ -61,10 +62,9 @@ struct Spqr : SpqrLanes<V> {
   using Lanes::fma, Lanes::kLanes, Lanes::mul, Lanes::set, Lanes::statistics, Lanes::store, Lanes::sub;
   using typename Lanes::F;
   using typename Lanes::Statistics;
-  // Rows of x at a time in streaming, and in products of many rows: what fits the registers.
+  // Rows of x at a time in streaming, what fits the registers; and in products of many rows.
   static constexpr int kStreamRows = V::kWidth == 16 ? 8 : V::kWidth == 8 ? 4 : 1;
-  static constexpr int kRows = V::kWidth == 16 ? 12 : V::kWidth == 8 ? 4 : 1;  // divisors of kSpqrRowBlock
-  static constexpr int kColumnTiles = V::kWidth == 16 ? 2 : 1;                 // tiles multiplied at once
+  static constexpr int kRows = FloatPanel<V>::kRows;  // a divisor of kSpqrRowBlock
   static constexpr int64_t kTileSums = kSpqrStreamRows * kTileRows16;
   static constexpr int64_t kPanelTiles = 4, kPanelColumns = 256;
 
@@ -340,44 +340,6 @@ struct Spqr : SpqrLanes<V> {
 
   // ---- many rows of x: panels of the dense weight in fp32 ----
 
-  // sums[i][lane of kTiles tiles] += x[j][i] * panel, over count columns j; the panels of tiles lie panel_size apart.
-  template <int kCount, int kTiles>
-  static void multiply_rows(const float* x, const float* panel, int64_t panel_size, int64_t count, float* sums,
-                            int64_t stride) {
-    constexpr int kAcross = kTiles * kTileRows16 / V::kWidth, kEach = kTileRows16 / V::kWidth;
-    typename V::F acc[kCount][kAcross];
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < kAcross; ++v) acc[i][v] = V::load(sums + i * stride + v * V::kWidth);
-    for (int64_t j = 0; j < count; ++j) {
-      typename V::F b[kAcross];
-#pragma GCC unroll 16
-      for (int v = 0; v < kAcross; ++v)
-        b[v] = V::load(panel + v / kEach * panel_size + j * kTileRows16 + v % kEach * V::kWidth);
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) {
-        const typename V::F a = V::set(x[j * kRows + i]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kAcross; ++v) acc[i][v] = V::fma(a, b[v], acc[i][v]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < kAcross; ++v) V::store(sums + i * stride + v * V::kWidth, acc[i][v]);
-  }
-  template <int kTiles>
-  static void multiply_panel(const float* x, int64_t rows, const float* panel, int64_t panel_size, int64_t count,
-                             float* sums, int64_t stride) {
-    if (rows * 3 > kRows * 2)
-      multiply_rows<kRows, kTiles>(x, panel, panel_size, count, sums, stride);
-    else if (rows * 3 > kRows)
-      multiply_rows<(kRows * 2 + 2) / 3, kTiles>(x, panel, panel_size, count, sums, stride);
-    else
-      multiply_rows<(kRows + 2) / 3, kTiles>(x, panel, panel_size, count, sums, stride);
-  }
-
   static void multiply(const SpqrMatmul& p, const SpqrInput& in, int64_t tile, int64_t row, int64_t rows) {
     const SpqrWeight& w = p.w;
     constexpr int64_t kStride = kPanelTiles * kTileRows16, kSize = kPanelColumns * kTileRows16;
@@ -397,11 +359,7 @@ struct Spqr : SpqrLanes<V> {
         const float* x = in.x + ((row + i) / kRows * in.columns + column) * kRows;
         float* sums = s.sums + i * kStride;
         const int64_t some = rows - i < kRows ? rows - i : kRows;
-        int64_t t = 0;
-        for (; t + kColumnTiles <= tiles; t += kColumnTiles)
-          multiply_panel<kColumnTiles>(x, some, s.panel + t * kSize, kSize, count, sums + t * kTileRows16, kStride);
-        for (; t < tiles; ++t)
-          multiply_panel<1>(x, some, s.panel + t * kSize, kSize, count, sums + t * kTileRows16, kStride);
+        FloatPanel<V>::multiply_tiles(x, some, s.panel, kSize, tiles, count, sums, kStride);
       }
     }
     write_all(p, s.sums, kStride, tile, tiles, row, rows);

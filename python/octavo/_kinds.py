@@ -9,7 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .nn import Int8Linear, SpQRLinear, check_state, check_threshold
+from .nf4 import check_options
+from .nn import Int8Linear, NF4Linear, SpQRLinear, check_state, check_threshold
+from .nn_nf4 import TENSORS as NF4_TENSORS
+from .nn_nf4 import check_nf4_state
 from .nn_spqr import SpQROptions, check_spqr_state
 from .spqr.weight import TENSORS
 
@@ -113,7 +116,39 @@ class SpQRKind(Kind):
         return SpQRLinear(k, n, config["bias"], *self._options(config), device="meta", dtype=dtype)
 
 
-KINDS: dict[str, Kind] = {"int8": Int8Kind(), "spqr": SpQRKind()}
+class NF4Kind(Kind):
+    module = NF4Linear
+    tensors = (*NF4_TENSORS, "bias")
+    keys: ClassVar[dict[str, Any]] = {"quant_type": str, "blocksize": int, "double_quant": bool, "weight_dtype": str}
+
+    def describe(self, layer: Any) -> dict[str, Any]:
+        options = {name: getattr(layer, name) for name in ("quant_type", "blocksize", "double_quant")}
+        return options | {"weight_dtype": str(layer.weight_dtype).removeprefix("torch.")}
+
+    def check_config(self, config: Config) -> None:
+        if min(config["in_features"], config["out_features"]) < 0:
+            raise ValueError(f"in_features and out_features are {config['in_features']} and {config['out_features']}")
+        check_options(config["quant_type"], config["blocksize"])
+        if config["weight_dtype"] not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"weight_dtype is {config['weight_dtype']!r}")
+
+    def names(self, config: Config) -> set[str]:
+        nested = {"nested_absmax", "offset"} if config["double_quant"] else set()
+        return {"weight", "absmax"} | nested | ({"bias"} if config["bias"] else set())
+
+    def check(self, state: Mapping[str, Tensor], config: Config) -> list[str]:
+        options = (config["quant_type"], config["blocksize"])
+        return check_nf4_state(state, config["in_features"], config["out_features"], *options)
+
+    def build(self, config: Config, dtype: torch.dtype | None) -> nn.Module:
+        n, k = config["out_features"], config["in_features"]
+        options = (config["quant_type"], config["blocksize"], config["double_quant"])
+        layer = NF4Linear(k, n, config["bias"], *options, device="meta", dtype=dtype)
+        layer.weight_dtype = getattr(torch, config["weight_dtype"])
+        return layer
+
+
+KINDS: dict[str, Kind] = {"int8": Int8Kind(), "nf4": NF4Kind(), "spqr": SpQRKind()}
 MODULES = tuple(kind.module for kind in KINDS.values())
 
 

@@ -18,6 +18,10 @@ from . import _C  # noqa: F401  registers the operators
 from ._fakes import check_devices as _check_devices
 from ._fakes import fake as _fake
 from ._fakes import register_fakes as register_fakes
+from .ops_nf4 import nf4_dequantize as nf4_dequantize
+from .ops_nf4 import nf4_linear as nf4_linear
+from .ops_nf4 import nf4_linear_transposed as nf4_linear_transposed
+from .ops_nf4 import nf4_quantize as nf4_quantize
 from .ops_sparse import csr_grad_values as csr_grad_values
 from .ops_sparse import csr_matmul as csr_matmul
 from .ops_sparse import csr_matmul_add as csr_matmul_add

@@ -11,6 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from .reference_nf4 import code_book as code_book
+from .reference_nf4 import nf4_dequantize as nf4_dequantize
+from .reference_nf4 import nf4_linear as nf4_linear
+from .reference_nf4 import nf4_linear_transposed as nf4_linear_transposed
+from .reference_nf4 import nf4_quantize as nf4_quantize
+from .reference_nf4 import normal_float as normal_float
 from .reference_optim import optim_step as optim_step
 from .reference_optim import optim_table as optim_table
 from .reference_spqr import spqr_quantize_columns as spqr_quantize_columns
