@@ -11,6 +11,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,17 @@ def octavo_adamw(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
 
     made: torch.optim.Optimizer = octavo.optim.AdamW8bit(params, **HYPER, **options)
     return made
+
+
+def paged_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
+    """All states in a file, or in pinned memory for a GPU: what paging costs where memory would have had room."""
+    on_device = params[0].device.type != "cpu"
+    return octavo_adamw(
+        params,
+        paged=True,
+        page_dir=None if on_device else tempfile.gettempdir(),
+        device_budget=None if on_device else 0,
+    )
 
 
 def torch_adamw(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
@@ -65,6 +77,7 @@ DEFAULT = "octavo AdamW8bit"
 METHODS = (
     Method(DEFAULT, octavo_adamw, 16 + 4 * 4 / 256),
     Method("octavo AdamW8bit, bits=32", functools.partial(octavo_adamw, bits=32), 28),
+    Method("octavo AdamW8bit, paged", paged_adamw, 16 + 4 * 4 / 256),
     Method("torch AdamW fused", functools.partial(torch_adamw, fused=True), 28),
     Method("torch AdamW foreach", functools.partial(torch_adamw, foreach=True), 28),
     Method("bitsandbytes AdamW8bit", bitsandbytes_adamw, 16 + 4 * 4 / 256),

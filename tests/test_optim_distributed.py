@@ -198,6 +198,35 @@ def test_layer_wise_norms_refuse_shards():
     in_two_processes(_refuse)
 
 
+def _paged(rank: int, world: int, folder: Path) -> None:
+    """To the bit as without pages, also after a checkpoint; each process has a file of its own."""
+    pair = []
+    for paging in ({}, {"paged": True, "page_dir": folder, "device_budget": 0}):
+        model = shard(world)
+        optimizer = optim.AdamW8bit(model.parameters(), **options(**paging))
+        train(model, optimizer, range(3), rank, world)
+        saved = get_optimizer_state_dict(model, optimizer)
+        optimizer = optim.AdamW8bit(model.parameters(), **options(**paging))
+        set_optimizer_state_dict(model, optimizer, saved)
+        train(model, optimizer, range(3, 5), rank, world)
+        assert (optimizer.paged_bytes() > 0) == bool(paging)
+        pair.append((model, optimizer))
+    (plain, first), (model, second) = pair
+    assert all(torch.equal(full(p), full(q)) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
+    states = [_states(*each) for each in pair]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert all(
+            first.state[p][key].placements == v.placements for key, v in second.state[q].items() if key != "step"
+        )
+    entry = second.state[model.wide.weight]["exp_avg"]
+    assert second._paging.page_of(model.wide.weight).place_of(entry.to_local()) is not None
+
+
+def test_sharded_states_are_paged(tmp_path: Path):
+    in_two_processes(_paged, tmp_path)
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +54,32 @@ def test_trainer(example: ModuleType, tmp_path: Path):
     assert resumed.state.global_step == 6
     for name, p in resumed.model.named_parameters():
         assert torch.equal(p, weights[name]), name
+
+
+def test_trainer_with_paged_states(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As without, also when it continues from a checkpoint."""
+    whole = example.main(tmp_path / "whole", steps=6)
+    (tmp_path / "pages").mkdir()
+    real = transformers.Trainer.__init__
+
+    def patched(self, *, optimizer_cls_and_kwargs, **arguments):
+        options = {**optimizer_cls_and_kwargs[1], "page_dir": str(tmp_path / "pages"), "device_budget": 0}
+        real(self, optimizer_cls_and_kwargs=(optim.PagedAdamW8bit, options), **arguments)
+
+    monkeypatch.setattr(transformers.Trainer, "__init__", patched)
+
+    def train(steps: int):
+        trainer = example.main(tmp_path / "paged", steps=steps)
+        optimizer = trainer.optimizer.optimizer
+        assert type(optimizer) is optim.PagedAdamW8bit and optimizer.paged_bytes() > 10_000
+        return trainer
+
+    for _ in range(2):
+        trainer = train(6)
+        shutil.rmtree(tmp_path / "paged" / "checkpoint-6")  # the next one continues at step 3
+        assert trainer.state.global_step == 6
+        for (name, p), q in zip(trainer.model.named_parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from octavo import optim
 
-OPTIMIZERS = [getattr(optim, name) for name in optim.__all__ if name != "Optimizer8bit"]
+OPTIMIZERS = [getattr(optim, name) for name in optim.__all__ if not name.startswith(("Optimizer", "Paged"))]
 SHAPES = ((64, 300), (5000,), (16, 8, 3, 3), (7,), ())
 
 

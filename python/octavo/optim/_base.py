@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, TypedDict, cast, overload
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ from .. import ops
 from . import _load, _state
 from ._foreach import advance, total_norm
 from ._launch import Launch
+from ._options import DEFAULTS, OF_PAGING, Options, check_group
+from ._paging import Page, Paging, aligned
 from ._state import FLOATS, RULES, Names, State
 
 FORMAT_VERSION = 1
@@ -22,40 +23,6 @@ _TABLES_KEPT = 16  # per group and device: gradients may alternate between a few
 _HYPER = (
     *("lr", "weight_decay", "eps", "beta1", "beta2", "beta3", "dampening", "alpha", "alpha_steps", "beta3_steps"),
     *("lr_decay", "trust_coefficient", "decoupled", "nesterov", "bias_correction"),
-)
-
-
-class Options(TypedDict, total=False):
-    """Options of every optimizer and parameter group, beside those of its rule."""
-
-    maximize: bool
-    foreach: bool | None
-    capturable: bool
-    differentiable: bool
-    fused: bool | None
-    bits: int
-    min_8bit_size: int
-    rounding: str
-    seed: int
-    max_grad_norm: float | None
-
-
-_OPTION_DEFAULTS = Options(
-    maximize=False,
-    foreach=None,
-    capturable=False,
-    differentiable=False,
-    fused=None,
-    bits=8,
-    min_8bit_size=4096,
-    rounding="nearest",
-    seed=0,
-    max_grad_norm=None,
-)
-# What has to be 0 or positive, where a group has it.
-_NOT_NEGATIVE = (
-    *("weight_decay", "eps", "momentum", "alpha", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
-    *("t_alpha", "t_beta3", "max_grad_norm"),
 )
 
 
@@ -79,6 +46,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         foreach, fused, capturable: accepted and without effect: there is one implementation, and it can be captured
             (with lr a tensor on the device, if it is to change between replays).
         differentiable: only False.
+        paged, page_dir, device_budget: of the optimizer, not of groups; see below.
 
     Of a second moment the root is kept in 8 bit, with dither: each step its code is the one below or above, the nearer
     the likelier, by numbers that depend on the step, the parameter's position and the element only. (A step changes it
@@ -91,20 +59,34 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     Sharded parameters (DTensor, as FSDP2 makes them) have sharded states, in 8 bit where they are sharded along
     dimension 0 in rows of at least 64 elements. `load_state_dict` also reads states of torch.optim and bitsandbytes.
+
+    With ``paged=True`` (arXiv 2305.14314) states that do not fit in device_budget bytes live on the host. Of parameters
+    on a GPU: in pinned memory, copied to one of two buffers on the device and back while others are copied and stepped.
+    Of parameters on the CPU: in a memory-mapped file in the folder page_dir, which nobody else sees and which is gone
+    with the optimizer, so that states larger than memory train; without page_dir in ordinary memory. device_budget
+    counts states that stay and both buffers, on each device; None: 128 MiB, or what two of the largest need. Steps give
+    the same bits as without, but cannot be captured in CUDA graphs where states are paged, and sharded parameters may
+    be paged on the CPU only. After a step on a GPU, `state` holds its results once the device is done
+    (`torch.cuda.synchronize`); `state_dict` waits for that.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
     grad_norm: Tensor | None = None
     _betas = 2  # how many, where the rule has any
+    _preset: ClassVar[Options] = {}  # what a class's options are unless they are given
+    _paging: Paging | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
-        if unknown := set(options) - set(_OPTION_DEFAULTS):
+        if unknown := set(options) - set(DEFAULTS) - set(OF_PAGING):
             raise TypeError(
                 f"{type(self).__name__} has no option {', '.join(sorted(unknown))}; beside those of its rule it has "
-                f"{', '.join(_OPTION_DEFAULTS)}"
+                f"{', '.join((*DEFAULTS, *OF_PAGING))}"
             )
+        options = {**self._preset, **options}
+        self._paging = Paging.of(type(self).__name__, options)
         self._reset_caches()
-        super().__init__(params, {**defaults, **_OPTION_DEFAULTS, **options, "format_version": FORMAT_VERSION})
+        shared = {key: value for key, value in options.items() if key not in OF_PAGING}
+        super().__init__(params, {**defaults, **DEFAULTS, **shared, "format_version": FORMAT_VERSION})
 
     # ---- of the rule: subclasses ----
 
@@ -125,47 +107,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- checks ----
 
     def _check_group(self, group: dict[str, Any], index: int) -> None:
-        where = f"{type(self).__name__}: parameter group {index}"
-
-        def refuse(name: str, wanted: str) -> None:
-            raise ValueError(f"{where}: {name} must be {wanted}, got {group[name]!r}")
-
-        def number(name: str, value: Any) -> float:
-            try:
-                return float(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise ValueError(f"{where}: {name} must be a number, got {value!r}") from None
-
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"{where}: lr must be one number, got a tensor of shape {list(lr.shape)}")
-        on_device = isinstance(lr, Tensor) and lr.device.type == "cuda"  # reading it would wait for the device
-        if not on_device and not 0.0 <= number("lr", lr) < math.inf:
-            refuse("lr", "0 or positive")
-        for name in _NOT_NEGATIVE:
-            optional = name not in group or (name == "max_grad_norm" and group[name] is None)
-            optional = optional or (name in ("t_alpha", "t_beta3") and group[name] is None)
-            if not optional and not 0.0 <= number(name, group[name]) < math.inf:
-                refuse(name, "0 or positive")
-        if "betas" in group:
-            betas = group["betas"]
-            if not isinstance(betas, (tuple, list)) or len(betas) != self._betas:
-                refuse("betas", f"{self._betas} numbers")
-            for i, beta in enumerate(betas):
-                if not 0.0 <= number(f"betas[{i}]", beta) < 1.0:
-                    raise ValueError(f"{where}: betas[{i}] must lie in [0, 1), got {betas!r}")
-        if group["bits"] not in (8, 32):
-            refuse("bits", "8 or 32")
-        if isinstance(size := group["min_8bit_size"], bool) or not isinstance(size, int) or size < 0:
-            refuse("min_8bit_size", "0 or a positive whole number")
-        if group["rounding"] not in ("nearest", "stochastic", "kahan"):
-            refuse("rounding", "'nearest', 'stochastic' or 'kahan'")
-        if isinstance(seed := group["seed"], bool) or not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
-            refuse("seed", "a whole number of 64 bits")
-        if group.get("differentiable"):
-            raise ValueError(f"{where}: differentiable=True is not supported: the kernels have no derivative")
-        if group.get("amsgrad"):
-            raise ValueError(f"{where}: amsgrad=True is not supported: there is no rule that keeps a maximum")
+        check_group(group, f"{type(self).__name__}: parameter group {index}", self._betas)
         self._check_rule(group)
 
     def _named(self, group: dict[str, Any], position: int, number: int) -> str:
@@ -182,6 +124,8 @@ class Optimizer8bit(torch.optim.Optimizer):
                 f"{where} is a DTensor of shape {list(param.shape)}: {type(self).__name__} needs the norms of whole "
                 "parameters, which their shards do not have"
             )
+        if self._paging is not None:
+            self._paging.check(param, where)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as `torch.optim.Optimizer.add_param_group`."""
@@ -195,7 +139,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def _check_entry(self, rule: str, param: Tensor, grad: Tensor, state: State, where: str) -> None:
+    def _check_entry(self, rule: str, param: Tensor, grad: Tensor, state: State, page: Page | None, where: str) -> None:
         """What may have changed since the last step; the lengths of lists of blocks are the operator's to check."""
         if grad.dtype not in FLOATS:
             raise ValueError(f"{where}: its gradient must be float32, float16 or bfloat16, got {_dtype(grad)}")
@@ -204,7 +148,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             if name not in state:
                 continue
             value = _state.local_of(state[name])
-            if value.device != param.device:
+            if value.device != param.device and (page is None or page.place_of(value) is None):
                 raise ValueError(
                     f"{where} is on {param.device} but its {name} on {value.device}: move a model before its first "
                     "step, or load the optimizer's state again after moving it"
@@ -218,15 +162,25 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- step ----
 
     def _reset_caches(self) -> None:
-        self._tables: dict[tuple[int, torch.device], OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]] = {}
+        self._tables: dict[tuple[object, ...], OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]] = {}
         self._captured: list[tuple[Tensor, Tensor]] = getattr(self, "_captured", [])  # CUDA graphs read these tables
         self._nonfinite: dict[torch.device, Tensor] = getattr(self, "_nonfinite", {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._paging is None:
+            return super().__getstate__()
+        self._paging.synchronize()
+        return {**super().__getstate__(), "_paging": self._paging}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_caches()
+        if self._paging is not None and "_paging" in state:  # a copy: its states are in ordinary memory so far
+            self._place_again(self._paging)
 
-    def _complete_state(self, group: dict[str, Any], rule: str, param: Tensor, where: str) -> State:
+    def _complete_state(
+        self, group: dict[str, Any], rule: str, param: Tensor, where: str, make: _state.Make | None = None
+    ) -> State:
         """The parameter's state, made or completed."""
         names, state = RULES[rule], self.state[param]
         self._check_param(group, param, where)
@@ -236,12 +190,56 @@ class Optimizer8bit(torch.optim.Optimizer):
         for i, name in enumerate(names.codes if quantized else names.plain):
             if name not in state:
                 fill = 0.0 if names.signed[i] else self._initial(group)
-                _state.add_state(state, param, names, quantized, i, fill)
+                _state.add_state(state, param, names, quantized, i, fill, make)
         if "step" not in state:
             state["step"] = _state.new_step(param)
         if group["rounding"] == "kahan" and param.dtype is not torch.float32 and "compensation" not in state:
-            _state.add_compensation(state, param)
+            _state.add_compensation(state, param, make)
         return cast(State, state)
+
+    def _make_paged_states(self, paging: Paging) -> Paging:
+        """The states of parameters that have a gradient for the first time, made in place. Returns what pages them."""
+        new: list[tuple[dict[str, Any], Tensor, str, int]] = []
+        number = -1
+        for group in self.param_groups:
+            names, kahan = RULES[self._rule(group)], group["rounding"] == "kahan"
+            kept = (*names.plain, *names.codes, "compensation")
+            for position, param in enumerate(group["params"]):
+                number += 1
+                if param.grad is None or any(name in self.state.get(param, ()) for name in kept):
+                    continue
+                where, quantized = self._named(group, position, number), _state.wants_8bit(group, param)
+                self._check_param(group, param, where)
+                compensated = kahan and param.dtype is not torch.float32
+                if size := _state.bytes_of(param, names, quantized, compensated, aligned):
+                    new.append((group, param, where, size))
+        sizes = [(param, size) for _, param, _, size in new]
+        if any(param in paging.places for param, _ in sizes):  # what was there is gone: its owner has cleared it
+            paging = self._place_again(paging, sizes)
+        else:
+            try:
+                paging.reserve(sizes)
+            except ValueError:  # what stays so far may leave too little of the budget
+                paging = self._place_again(paging, sizes)
+        for group, param, where, _ in new:
+            self._complete_state(group, self._rule(group), param, where, paging.maker(param))
+        return paging
+
+    def _place_again(self, old: Paging, new: Sequence[tuple[Tensor, int]] = ()) -> Paging:
+        """Move all states to where they belong now, with places for new ones."""
+        old.synchronize()
+        paging = old.without_pages()
+        found = [
+            (param, self.state[param], RULES[self._rule(group)])
+            for group in self.param_groups
+            for param in group["params"]
+            if param in self.state
+        ]
+        paging.reserve([*((param, paging.size_of(state, names)) for param, state, names in found), *new])
+        for param, state, names in found:
+            paging.put(param, state, names, copied=old.places.get(param) is not None)
+        self._paging = paging
+        return paging
 
     def _gather(self) -> tuple[list[Launch], list[Tensor], list[tuple[Tensor, Tensor]]]:
         """The calls of this step; all step counters, also those of parameters with no elements here; and, of groups
@@ -250,8 +248,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         counters: list[Tensor] = []
         clipped: list[tuple[Tensor, Tensor]] = []
         dtensor, wide, number = _state.dtensor_type(), torch.float32, -1
+        if (paging := self._paging) is not None:
+            paging = self._make_paged_states(paging)
+            paging.prepare()
         for index, group in enumerate(self.param_groups):
-            rule, by_device = self._rule(group), dict[torch.device, Launch]()
+            rule, by_place = self._rule(group), dict[tuple[torch.device, Page | None], Launch]()
             names, kahan, clips = RULES[rule], group["rounding"] == "kahan", group["max_grad_norm"] is not None
             for position, param in enumerate(group["params"]):
                 number += 1
@@ -280,9 +281,13 @@ class Optimizer8bit(torch.optim.Optimizer):
                     clipped.append((param, g))
                 if p.numel() == 0:
                     continue
-                launch = by_device.get(p.device)
+                page = None if paging is None else paging.page_of(param)
+                if paging is not None and page is not None:
+                    values, absmax = paging.stage(page, values), paging.stage(page, absmax)
+                    kept = None if kept is None else paging.stage(page, [kept])[0]
+                launch = by_place.get((p.device, page))
                 if launch is None:
-                    launch = by_device[p.device] = Launch(group, index, rule, p.device)
+                    launch = by_place[p.device, page] = Launch(group, index, rule, p.device, page)
                 if not p.is_contiguous():
                     launch.copies.append((p, copy := p.contiguous()))
                     p = copy
@@ -294,7 +299,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 if kahan:
                     launch.compensation.append(self._empty(p.device) if kept is None else kept)
                 launch.ids.append(number)
-            launches += by_device.values()
+            launches += by_place.values()
         for launch in launches:
             self._find_table(launch)
             self._find_hyper(launch)
@@ -321,7 +326,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         return _EMPTY[device]
 
     def _find_table(self, launch: Launch) -> None:
-        key, cache = launch.key(), self._tables.setdefault((launch.index, launch.device), OrderedDict())
+        place = (launch.index, launch.device, None if launch.page is None else launch.page.number)
+        key, cache = launch.key(), self._tables.setdefault(place, OrderedDict())
         if key in cache:
             cache.move_to_end(key)
         else:
@@ -352,7 +358,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for number, p, g in zip(launch.ids, launch.params, launch.grads, strict=True):
             where = self._named(launch.group, number - first, number)
             self._check_param(launch.group, params[number], where)
-            self._check_entry(launch.rule, p, g, self.state[params[number]], where)
+            self._check_entry(launch.rule, p, g, self.state[params[number]], launch.page, where)
 
     def _clip(self, clipped: list[tuple[Tensor, Tensor]], scale: Tensor | None) -> None:
         """Sets grad_norm, on the device of the first gradient."""
@@ -412,7 +418,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._clip(clipped, scale)
         advance(counters, None)
         for launch in launches:
-            self._launch(launch, scale, found)
+            if launch.page is None:
+                self._launch(launch, scale, found)
+        if self._paging is not None:
+            self._paging.run(launches, lambda launch: self._launch(launch, scale, found))
         if found is not None:  # then nothing was changed, and this was no step
             advance(counters, found)
         return loss
@@ -429,7 +438,18 @@ class Optimizer8bit(torch.optim.Optimizer):
         for count in self._nonfinite.values():
             count.zero_()
 
+    def paged_bytes(self) -> int:
+        """How many bytes of the states are in pages; the rest is beside the parameters."""
+        return 0 if self._paging is None else self._paging.paged_bytes()
+
     # ---- persistence ----
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as torch's; what is in pages as tensors on the host, which outlive the optimizer."""
+        if self._paging is not None:
+            self._paging.synchronize()
+        return super().state_dict()
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -449,7 +469,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         groups = _load.merge_groups(self, state_dict["param_groups"], FORMAT_VERSION)
         for index, group in enumerate(groups):
             self._check_group(group, index)
-        state = _load.convert(self, state_dict, groups)
+        paging = None if self._paging is None else self._paging.without_pages()
+        state = _load.convert(self, state_dict, groups, paging)
+        self._paging = paging
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

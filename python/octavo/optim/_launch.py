@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._paging import Page
+
 
 @dataclass
 class Launch:
-    """The lists of one call: the parameters of one group on one device that have gradients."""
+    """The lists of one call: the parameters of one group on one device that have gradients and, where states are paged,
+    have them in one page, or in none."""
 
     group: dict[str, Any]
     index: int
     rule: str
     device: torch.device
+    page: Page | None = None
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import ops
 from . import _state
-from ._state import RULES, Names, State
+from ._paging import Paging, aligned
+from ._state import RULES, Make, Names, State
 
 if TYPE_CHECKING:
     from ._base import Optimizer8bit
@@ -45,9 +46,10 @@ def merge_groups(optimizer: Optimizer8bit, saved: list[dict[str, Any]], version:
 
 
 def convert(
-    optimizer: Optimizer8bit, state_dict: dict[str, Any], groups: list[dict[str, Any]]
+    optimizer: Optimizer8bit, state_dict: dict[str, Any], groups: list[dict[str, Any]], paging: Paging | None
 ) -> defaultdict[Tensor, Any]:
-    """The state for every parameter, in new tensors; what belongs to no parameter is passed on."""
+    """The state for every parameter, in new tensors, in new pages where it is paged; what belongs to no parameter is
+    passed on."""
     params = [(group, position) for group in groups for position in range(len(group["params"]))]
     ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
     state: defaultdict[Tensor, Any] = defaultdict(dict)
@@ -55,17 +57,39 @@ def convert(
     for key, value in state_dict["state"].items():
         if key not in known:
             state[key] = value
-    for number, (saved, (group, position)) in enumerate(zip(ids, params, strict=True)):
+    pairs = [(saved, *place) for saved, place in zip(ids, params, strict=True)]
+    if paging is not None:  # the places first, then state after state, as all may not fit in memory
+        paging.reserve(
+            [
+                (group["params"][position], _bytes_of(entry, group["params"][position], group, optimizer._rule(group)))
+                for saved, group, position in pairs
+                if (entry := state_dict["state"].get(saved))
+            ]
+        )
+    for number, (saved, group, position) in enumerate(pairs):
         entry = state_dict["state"].get(saved)
         if not entry:
             continue
         param, where = group["params"][position], optimizer._named(group, position, number)
         optimizer._check_param(group, param, where)
-        state[param] = _convert_entry(dict(entry), param, group, RULES[optimizer._rule(group)], where)
+        names = RULES[optimizer._rule(group)]
+        make = _state.beside(param) if paging is None else paging.maker(param)
+        state[param] = _convert_entry(dict(entry), param, group, names, where, make)
     return state
 
 
-def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Names, where: str) -> State:
+def _bytes_of(entry: State, param: Tensor, group: dict[str, Any], rule: str) -> int:
+    """What a converted entry takes at most."""
+    names = RULES[rule]
+    size = _state.bytes_of(param, names, _state.wants_8bit(group, param), "compensation" in entry, aligned)
+    found = [entry[key] for key in names.absmax if isinstance(entry.get(key), Tensor)]
+    if size and any(absmax.dim() == 2 for absmax in found) and len(_state.absmax_shape(param)) == 1:
+        # Of a sharded state: it stays in rows, which have more blocks.
+        size += sum(aligned(absmax.nbytes) for absmax in found)
+    return size
+
+
+def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Names, where: str, make: Make) -> State:
     if _NESTED in entry or "state1" in entry:
         entry = _from_bitsandbytes(entry, param, names, where)
     quantized = _state.wants_8bit(group, param)
@@ -74,9 +98,9 @@ def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Na
     present = [i for i in range(len(names.plain)) if names.codes[i] in entry or names.plain[i] in entry]
     for i, plain in enumerate(names.plain):
         if i in present:
-            _convert_state(new, entry, param, names, quantized, i, where)
+            _convert_state(new, entry, param, names, quantized, i, where, make)
         elif not present or plain == "momentum_buffer":  # torch keeps none before it is needed
-            _state.add_state(new, param, names, quantized, i)
+            _state.add_state(new, param, names, quantized, i, make=make)
         else:
             raise ValueError(
                 f"{where}: the loaded state lacks {plain}; it has {', '.join(map(str, entry)) or 'nothing'}"
@@ -85,7 +109,7 @@ def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Na
         kept = _tensor(entry["compensation"], "compensation", where)
         if tuple(kept.shape) != tuple(param.shape) or kept.dtype is not param.dtype:
             _refuse("compensation", kept, f"{_name(param.dtype)} {list(param.shape)}", where)
-        _put(new, "compensation", kept, param)
+        _put(new, "compensation", kept, param, make)
     # Of torch's SGD: a buffer is there from its first step on.
     step = entry.get("step", 1.0 if present else 0.0)
     number = float(step) if not isinstance(step, Tensor) or step.numel() == 1 else math.nan
@@ -111,16 +135,18 @@ def _one_format(entry: State, names: Names) -> State:
     return entry
 
 
-def _convert_state(new: State, entry: State, param: Tensor, names: Names, quantized: bool, i: int, where: str) -> None:
+def _convert_state(
+    new: State, entry: State, param: Tensor, names: Names, quantized: bool, i: int, where: str, make: Make
+) -> None:
     shape = tuple(param.shape)
     if names.codes[i] not in entry or names.absmax[i] not in entry:
         values = _tensor(entry.get(names.plain[i]), names.plain[i], where)
         if tuple(values.shape) != shape or not values.is_floating_point():
             _refuse(names.plain[i], values, f"floating-point {list(shape)}", where)
         if not quantized:
-            _put(new, names.plain[i], values.float(), param)
+            _put(new, names.plain[i], values.float(), param, make)
             return
-        _state.set_from_values(new, param, names, quantized, i, _local(values, param))
+        _state.set_from_values(new, param, names, quantized, i, _local(values, param), make)
         return
     codes = _tensor(entry[names.codes[i]], names.codes[i], where)
     absmax = _tensor(entry[names.absmax[i]], names.absmax[i], where)
@@ -136,12 +162,12 @@ def _convert_state(new: State, entry: State, param: Tensor, names: Names, quanti
     if _state.row_of(param) % _state.BLOCK == 0 and param.dim() >= 2 and not _state.is_dtensor(absmax):
         absmax = absmax.reshape(target)  # the same blocks either way
     if quantized and (tuple(absmax.shape) == target or not _state.is_dtensor(param)):
-        _put(new, names.codes[i], codes, param)
-        _put(new, names.absmax[i], absmax, param)
+        _put(new, names.codes[i], codes, param, make)
+        _put(new, names.absmax[i], absmax, param, make)
         return
     codes, absmax = _state.whole_of(codes), _state.whole_of(absmax)
     values = _state.values_of(codes.contiguous(), absmax.contiguous(), names.signed[i], not names.signed[i])
-    _state.set_from_values(new, param, names, quantized, i, _local(values, param))
+    _state.set_from_values(new, param, names, quantized, i, _local(values, param), make)
 
 
 def _local(value: Tensor, param: Tensor) -> Tensor:
@@ -149,13 +175,10 @@ def _local(value: Tensor, param: Tensor) -> Tensor:
     return local.detach().to(_state.local_of(param).device)
 
 
-def _put(new: State, name: str, value: Tensor, param: Tensor) -> None:
+def _put(new: State, name: str, value: Tensor, param: Tensor, make: Make) -> None:
     """A copy of the part of value that belongs here."""
-    local = _local(value, param)
-    if _state.is_dtensor(param):
-        new[name] = _state._like(local.contiguous().clone(), param, tuple(value.shape))
-    else:
-        new[name] = local.contiguous() if local.data_ptr() != value.data_ptr() else local.clone().contiguous()
+    local = _state.shard_of(value, param).detach()
+    new[name] = _state.like(make(local.shape, local.dtype).copy_(local), param, tuple(value.shape))
 
 
 def _tensor(value: Any, name: str, where: str) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._base import Optimizer8bit, Options
+from ._base import Optimizer8bit
+from ._options import Options
 
 Betas = tuple[float | Tensor, float | Tensor]
 

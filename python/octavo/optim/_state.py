@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -79,7 +80,7 @@ def local_of(t: Tensor) -> Tensor:
     return cast(Tensor, local if wait is None else wait())
 
 
-def _like(local: Tensor, param: Tensor, shape: tuple[int, ...]) -> Tensor:
+def like(local: Tensor, param: Tensor, shape: tuple[int, ...]) -> Tensor:
     """local as the part of a tensor of this shape that is distributed as the parameter is."""
     if not is_dtensor(param):
         return local
@@ -155,30 +156,52 @@ def wants_8bit(group: dict[str, Any], param: Tensor) -> bool:
 # ---- making states -------------------------------------------------------------------------------------------------
 
 
-def _local_absmax(local: Tensor, param: Tensor, fill: float) -> Tensor:
+Make: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]  # a tensor with any values, where it belongs
+
+
+def beside(param: Tensor) -> Make:
+    return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=local_of(param).device)
+
+
+def _local_absmax_shape(local: Tensor, param: Tensor) -> tuple[int, ...]:
     shape = absmax_shape(param)
-    if len(shape) == 2:
-        shape = (local.shape[0] if local.dim() == param.dim() else 0, shape[1])
-    return torch.full(shape, fill, dtype=torch.float32, device=local.device)
+    return shape if len(shape) == 1 else (local.shape[0] if local.dim() == param.dim() else 0, shape[1])
 
 
-def add_state(state: State, param: Tensor, names: Names, quantized: bool, i: int, fill: float = 0.0) -> None:
+def add_state(
+    state: State,
+    param: Tensor,
+    names: Names,
+    quantized: bool,
+    i: int,
+    fill: float = 0.0,
+    make: Make | None = None,
+) -> None:
     """Give `state` the rule's i-th state, all of it `fill` (0, or positive for a second moment)."""
-    local = local_of(param)
+    local, make = local_of(param), beside(param) if make is None else make
     if not quantized:
-        new = torch.full(local.shape, fill, dtype=torch.float32, device=local.device)
-        state[names.plain[i]] = _like(new, param, tuple(param.shape))
+        state[names.plain[i]] = like(make(local.shape, torch.float32).fill_(fill), param, tuple(param.shape))
         return
     code = 255 if fill else 127 if names.signed[i] else 0
-    codes = torch.full(local.shape, code, dtype=torch.uint8, device=local.device)
-    state[names.codes[i]] = _like(codes, param, tuple(param.shape))
-    state[names.absmax[i]] = _like(_local_absmax(local, param, math.sqrt(fill)), param, absmax_shape(param))
+    codes = make(local.shape, torch.uint8).fill_(code)
+    absmax = make(_local_absmax_shape(local, param), torch.float32).fill_(math.sqrt(fill))
+    state[names.codes[i]] = like(codes, param, tuple(param.shape))
+    state[names.absmax[i]] = like(absmax, param, absmax_shape(param))
 
 
-def add_compensation(state: State, param: Tensor) -> None:
+def add_compensation(state: State, param: Tensor, make: Make | None = None) -> None:
+    local, make = local_of(param), beside(param) if make is None else make
+    state["compensation"] = like(make(local.shape, local.dtype).zero_(), param, tuple(param.shape))
+
+
+def bytes_of(param: Tensor, names: Names, quantized: bool, kahan: bool, aligned: Callable[[int], int]) -> int:
+    """What a new state takes here, without its step, each tensor aligned."""
     local = local_of(param)
-    new = torch.zeros(local.shape, dtype=local.dtype, device=local.device)
-    state["compensation"] = _like(new, param, tuple(param.shape))
+    if local.numel() == 0:
+        return 0
+    blocks = math.prod(_local_absmax_shape(local, param))
+    each = aligned(local.numel()) + aligned(4 * blocks) if quantized else aligned(4 * local.numel())
+    return each * len(names.plain) + (aligned(local.nbytes) if kahan else 0)
 
 
 def new_step(param: Tensor, value: float = 0.0) -> Tensor:
@@ -188,10 +211,12 @@ def new_step(param: Tensor, value: float = 0.0) -> Tensor:
 # ---- conversion ----------------------------------------------------------------------------------------------------
 
 
-def set_from_values(state: State, param: Tensor, names: Names, quantized: bool, i: int, values: Tensor) -> None:
+def set_from_values(
+    state: State, param: Tensor, names: Names, quantized: bool, i: int, values: Tensor, make: Make
+) -> None:
     """Give `state` the rule's i-th state from the local part of its fp32 values (of a second moment: itself)."""
     if not quantized:
-        state[names.plain[i]] = _like(values.float().contiguous(), param, tuple(param.shape))
+        state[names.plain[i]] = like(make(values.shape, torch.float32).copy_(values), param, tuple(param.shape))
         return
     if not bool(values.isfinite().all()) or (not names.signed[i] and bool((values < 0).any())):
         wanted = "finite" if names.signed[i] else "finite and not negative"
@@ -199,10 +224,10 @@ def set_from_values(state: State, param: Tensor, names: Names, quantized: bool, 
         raise ValueError(f"{names.plain[i]} must be {wanted} to be kept in 8 bit, for a parameter of shape {shape}")
     values = values.float() if names.signed[i] else values.float().sqrt()
     codes, absmax = _quantize(values.contiguous(), row_of(param) if _in_rows(param) else 0, names.signed[i])
-    state[names.codes[i]] = _like(codes, param, tuple(param.shape))
+    state[names.codes[i]] = like(make(codes.shape, codes.dtype).copy_(codes), param, tuple(param.shape))
     if _in_rows(param):
         absmax = absmax.view(-1, blocks_of(row_of(param)))
-    state[names.absmax[i]] = _like(absmax, param, absmax_shape(param))
+    state[names.absmax[i]] = like(make(absmax.shape, absmax.dtype).copy_(absmax), param, absmax_shape(param))
 
 
 def _quantize(values: Tensor, row: int, signed: bool) -> tuple[Tensor, Tensor]:
