@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import cases, common, limits
 from .common import Record, Row
+from .int8 import Setting
 
 BLOCKSIZE = 256
 Call = Callable[[], Any]
@@ -54,25 +56,31 @@ def contenders(x: Tensor, skipped: dict[str, str]) -> tuple[dict[str, Call], dic
     return quantize, dequantize
 
 
+@dataclass(frozen=True)
+class Directions:
+    """What is timed in both directions: names of the rows, who takes part, bytes of codes and scales an element."""
+
+    names: tuple[str, str]
+    contenders: Callable[[Tensor, dict[str, str]], tuple[dict[str, Call], dict[str, Call]]]
+    code_bytes: float
+
+
+BLOCKWISE = Directions(("quantize_blockwise", "dequantize_blockwise"), contenders, 1 + 4 / BLOCKSIZE)
+
+
 def bench(
-    count: int,
-    dtype: torch.dtype,
-    cold: bool,
-    effort: common.Effort,
-    measured: limits.Limits,
-    device: str,
-    skipped: dict[str, str],
+    count: int, dtype: torch.dtype, cold: bool, setting: Setting, skipped: dict[str, str], what: Directions = BLOCKWISE
 ) -> list[list[Row]]:
     """Rows of both directions. Cold: x comes from memory. Error: of the round trip, relative to x."""
-    x = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(device, dtype)
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(setting.device, dtype)
     copies = common.copies_for(count * x.element_size(), common.last_level_cache()) if cold else 1
-    made = [contenders(x.clone(), skipped) for _ in range(copies)]
-    moved = count * (x.element_size() + 1) + 4.0 * (count // BLOCKSIZE)
+    made = [what.contenders(x.clone(), skipped) for _ in range(copies)]
+    moved = count * (x.element_size() + what.code_bytes)
     error = common.relative_error(made[0][1]["octavo"](), x)
     tables = []
-    for direction, name in enumerate(("quantize_blockwise", "dequantize_blockwise")):
+    for direction, name in enumerate(what.names):
         calls = {key: [pair[direction][key] for pair in made] for key in made[0][direction]}
-        timings = common.time_paired(calls, effort, common.clock_for(device))
+        timings = common.time_paired(calls, setting.effort, common.clock_for(setting.device))
         tables.append(
             [
                 Row(
@@ -80,20 +88,35 @@ def bench(
                     (count,),
                     common.dtype_name(dtype),
                     key,
-                    measured.threads,
+                    setting.threads,
                     **common.timed(timing, timings, None if key == "octavo" else "octavo"),
                     ops=0.0,
                     bytes=moved,
                     copies=copies,
                     from_memory=cold,
                     limit="memory" if cold else None,
-                    limit_share=moved / measured.read / timing.median if cold else None,
+                    limit_share=moved / setting.limits.read / timing.median if cold else None,
                     error=error if key == "octavo" else None,
                 )
                 for key, timing in timings.items()
             ]
         )
     return tables
+
+
+def bench_all(
+    console: Console,
+    record: Record,
+    setting: Setting,
+    what: Directions,
+    sizes: Sequence[tuple[int, bool]],
+    dtypes: Sequence[torch.dtype],
+) -> None:
+    for count, cold in sizes:
+        for dtype in dtypes:
+            for rows in bench(count, dtype, cold, setting, record.skipped, what):
+                record.rows += rows
+                common.print_rows(console, rows)
 
 
 def run(
@@ -104,6 +127,7 @@ def run(
     record = Record("blockwise", common.describe_machine(device))
     effort = common.QUICK if quick else common.FULL
     sizes = cases.BLOCKWISE_QUICK_SIZES if quick else cases.BLOCKWISE_BENCH_SIZES
+    dtypes = (torch.float32,) if quick else (torch.float32, torch.bfloat16, torch.float16)
     try:
         for thread_count in list(threads) or [before]:
             torch.set_num_threads(thread_count)
@@ -111,11 +135,8 @@ def run(
             record.limits.append(measured.to_dict())
             limits.print_limits(console, measured)
             with torch.inference_mode():
-                for count, cold in sizes:
-                    for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16, torch.float16):
-                        for rows in bench(count, dtype, cold, effort, measured, device, record.skipped):
-                            record.rows += rows
-                            common.print_rows(console, rows)
+                setting = Setting(effort, measured, thread_count, device)
+                bench_all(console, record, setting, BLOCKWISE, sizes, dtypes)
     finally:
         torch.set_num_threads(before)
     common.print_skipped(console, record)

@@ -13,9 +13,9 @@ from octavo.spqr import SpQRConfig, SpQRWeight, packing, quantize_weight
 from rich.console import Console
 from torch import Tensor
 
-from . import cases, common, ggml, int8, limits, plot
+from . import ggml, int8, products
 from .common import Record
-from .int8 import Build, Method, Problem, Setting
+from .int8 import Build, Method, Problem
 
 OUTLIERS = 0.01
 
@@ -85,27 +85,4 @@ def run(
     console: Console, *, quick: bool = False, out: Path | None = None, threads: Sequence[int] = (), device: str = "cpu"
 ) -> Record:
     """Measure, print as it goes, and write JSON and PNG into `out` when it is given."""
-    record = Record("spqr", common.describe_machine(device))
-    before = torch.get_num_threads()
-    try:
-        for count in list(threads) or [before]:
-            torch.set_num_threads(count)
-            measured = limits.measure(count, device)
-            record.limits.append(measured.to_dict())
-            limits.print_limits(console, measured)
-            setting = Setting(common.QUICK if quick else common.FULL, measured, count, device, METHODS)
-            layers = cases.QUICK_LAYERS if quick else {name: cases.BENCH_LAYERS[name] for name in LAYERS}
-            with torch.inference_mode():
-                for m, n, k in cases.gemm_shapes(cases.QUICK_ROWS, layers):
-                    done = int8.bench_linear(Problem(m, n, k, torch.bfloat16, device), setting, record.skipped)
-                    record.rows += done
-                    common.print_rows(console, done)
-    finally:
-        torch.set_num_threads(before)
-    common.print_skipped(console, record)
-    if out is not None:
-        console.print(f"wrote {record.write(out)} and {plot.speed(record, out)}")
-    return record
-
-
-LAYERS = ("4096x4096", "11008x4096")
+    return products.run("spqr", METHODS, console, quick, out, threads, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import io
@@ -16,7 +17,7 @@ import octavo.bench
 import pytest
 import torch
 from octavo import _C, evaluate, reference
-from octavo.bench import blockwise, cases, common, limits, memory, optim, plot, sparse
+from octavo.bench import blockwise, cases, common, limits, memory, nf4, optim, plot, sparse
 from octavo.bench import int8 as family
 from octavo.bench import model as models
 from octavo.nn import Int8Linear
@@ -271,14 +272,37 @@ def test_every_comparison_names_a_contender():
 def test_blockwise_rows():
     effort, limit = common.Effort(0.0, 0.0, 1, 1), limits_of(read=1e9)
     skipped: dict[str, str] = {}
-    tables = blockwise.bench(1024, torch.float32, False, effort, limit, "cpu", skipped)
+    how = family.Setting(effort, limit, 1, "cpu")
+    tables = blockwise.bench(1024, torch.float32, False, how, skipped)
     assert [rows[0].section for rows in tables] == ["quantize_blockwise", "dequantize_blockwise"]
     for rows in tables:
         assert {row.method for row in rows} | set(skipped) == {"octavo", "torch, op by op", "bitsandbytes"}
         assert rows[0].bytes == 1024 * 5 + 16
     assert 0 < tables[1][0].error < 0.02
-    (cold,) = {row.from_memory for row in blockwise.bench(512, torch.bfloat16, True, effort, limit, "cpu", {})[0]}
+    (cold,) = {row.from_memory for row in blockwise.bench(512, torch.bfloat16, True, how, {})[0]}
     assert cold
+
+
+def test_nf4_rows():
+    how, skipped = setting([]), {}
+    what = blockwise.Directions(("quantize_4bit", "dequantize_4bit"), nf4.contenders, 0.5 + 4 / nf4.BLOCKSIZE)
+    tables = blockwise.bench(1024, torch.bfloat16, False, how, skipped, what)
+    assert [rows[0].section for rows in tables] == ["quantize_4bit", "dequantize_4bit"]
+    assert all({row.method for row in rows} | set(skipped) == {"octavo", "bitsandbytes"} for rows in tables)
+    assert tables[0][0].bytes == 1024 * 2.5 + 64
+    assert 0.05 < tables[1][0].error < 0.15
+
+
+def test_nf4_products_compute_the_layer_and_its_gradient():
+    problem = family.Problem(5, 64, 128, torch.bfloat16)
+    names = ["octavo NF4", "octavo NF4, double quant.", "torch bf16", "octavo NF4, dX", "torch bf16, dX"]
+    how = dataclasses.replace(setting([]), methods=[method for method in nf4.METHODS if method.name in names])
+    rows = {row.method: row for row in family.bench_linear(problem, how, {})}
+    assert list(rows) == names
+    assert 0.05 < rows["octavo NF4"].error < 0.15
+    assert rows["octavo NF4, dX"].versus == "torch bf16, dX"
+    ours, theirs = (build(problem, problem.weight)() for build in (nf4.octavo_transposed, nf4.torch_transposed))
+    assert common.relative_error(ours, theirs) < 0.15
 
 
 def test_the_blockwise_peer_in_torch_computes_the_same():

@@ -209,6 +209,7 @@ struct Vec {
     first = _mm256_permute2f128_ps(low, high, 0x20);
     second = _mm256_permute2f128_ps(low, high, 0x31);
   }
+  static constexpr bool kLooksUpHalves = false;  // as vec_avx512.h does
   static float reduce_add(F v) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));

@@ -140,6 +140,22 @@ struct Vec {
     second = _mm512_permutex2var_ps(even, _mm512_add_epi32(order, _mm512_set1_epi32(8)), odd);
   }
   static float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
+
+  // Bytes of two 4-bit codes, the upper one first, to 16-bit numbers of a table of 16.
+  static constexpr bool kLooksUpHalves = true;
+  using HalfTable = __m512i;
+  template <class T>
+  static HalfTable half_table(F values) {
+    alignas(32) T table[16];
+    store(table, values);
+    return _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table)));
+  }
+  template <class T>
+  static void look_up_halves(HalfTable table, const uint8_t* bytes, T* out) {  // 16 bytes
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(both, 4), _mm512_slli_epi32(both, 16));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, table));
+  }
   static U rotate_left_1(U v) { return _mm512_rol_epi32(v, 1); }
   static U shift_right_by(U v, U n) { return _mm512_srlv_epi32(v, n); }
   static F to_float(U v) { return _mm512_cvtepi32_ps(v); }

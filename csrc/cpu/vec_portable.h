@@ -74,6 +74,7 @@ struct Vec {
   static void store_high_halves(BFloat16* p, U v, int = kWidth) { p->bits = static_cast<uint16_t>(v >> 16); }
   static double sum_of_squares(F v) { return static_cast<double>(v) * static_cast<double>(v); }
   static float reduce_add(F v) { return v; }
+  static constexpr bool kLooksUpHalves = false;  // as vec_avx512.h does
 
   using Table16 = const float*;
   static Table16 table16(const float* p) { return p; }

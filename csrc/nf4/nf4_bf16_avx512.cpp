@@ -75,7 +75,7 @@ void stream_rows(const Nf4Matmul& p, const Nf4Input& in, int64_t row, int64_t pl
   // Which of four neighbouring blocks a lane's weights are in.
   const __m512i block_of_lane = _mm512_srl_epi32(_mm512_slli_epi32(Vec::lane_ids(), 3), _mm_cvtsi32_si128(shift));
   const uint8_t* bytes = p.w.packed + row * row_bytes;
-  const int64_t ahead = kWeights * row_bytes;
+  const int64_t ahead = kWeights == 1 ? 4096 : kWeights * row_bytes;
 
   __m512 acc[kWeights][kCount];
 #pragma GCC unroll 4
@@ -122,7 +122,7 @@ void stream_rows(const Nf4Matmul& p, const Nf4Input& in, int64_t row, int64_t pl
 
 template <int kCount>
 void stream_few(const Nf4Matmul& p, const Nf4Input& in, int64_t begin, int64_t end, StreamScratch& s) {
-  constexpr int kWeights = kCount <= 2 ? 4 : 2;
+  constexpr int kWeights = kCount == 1 ? 1 : kCount == 2 ? 4 : 2;  // with one row, memory is what it waits for
   for (int64_t row = begin; row < end; row += 16) {
     const int64_t count = end - row < 16 ? end - row : 16;
     int64_t r = 0;

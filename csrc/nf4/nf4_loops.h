@@ -165,6 +165,10 @@ struct Nf4 {
       const auto table = V::table16(values);
       const F scale = V::set(absmax);
       const uint8_t* bytes = t.packed + (start + i) / 2;
+      if constexpr (V::kLooksUpHalves && sizeof(T) == 2) {  // the 16 values of the block, once
+        const auto halves = V::template half_table<T>(V::mul(table, scale));
+        for (; i + 32 <= count; i += 32, bytes += 16) V::look_up_halves(halves, bytes, out + i);
+      }
       for (; i + 2 * V::kWidth <= count; i += 2 * V::kWidth, bytes += V::kWidth) {
         const U both = V::load_codes(bytes);
         F first, second;

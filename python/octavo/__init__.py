@@ -8,7 +8,19 @@ import torch  # noqa: F401  loads the libraries that _C links to
 
 from . import _C, nn, optim, reference, spqr
 from ._version import __version__
-from .autograd import csr_matmul, int8_linear_train, int8_matmul, spqr_matmul
+from .adapters import (
+    Adapter,
+    add_lora,
+    delete_adapter,
+    list_adapters,
+    load_adapter,
+    remove_lora,
+    save_adapter,
+    set_adapter,
+)
+from .autograd import csr_matmul, int8_linear_train, int8_matmul, nf4_matmul, spqr_matmul
+from .merging import MergeReport, merge_adapter, unmerge_adapter
+from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
 from .ops import (
     csr_grad_values,
     csr_matmul_add,
@@ -21,6 +33,10 @@ from .ops import (
     int8_gemm,
     int8_linear,
     int8_mm,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_linear_transposed,
+    nf4_quantize,
     optim_step,
     optim_table,
     quantize_blockwise,
@@ -40,16 +56,22 @@ if TYPE_CHECKING:
     from .integrations.transformers import OctavoConfig
 
 __all__ = [
+    "Adapter",
+    "MergeReport",
+    "NF4Weight",
     "OctavoConfig",
     "Report",
     "__version__",
+    "add_lora",
     "csr_grad_values",
     "csr_matmul",
     "csr_matmul_add",
     "csr_matmul_transposed",
     "csr_to_dense",
     "cuda_built",
+    "delete_adapter",
     "dense_to_csr",
+    "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_rowwise",
     "extract_columns",
@@ -60,11 +82,20 @@ __all__ = [
     "int8_linear_train",
     "int8_matmul",
     "int8_mm",
+    "list_adapters",
+    "load_adapter",
     "load_quantized",
+    "merge_adapter",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_linear_transposed",
+    "nf4_matmul",
+    "nf4_quantize",
     "nn",
     "optim",
     "optim_step",
     "optim_table",
+    "quantize_4bit",
     "quantize_blockwise",
     "quantize_columnwise",
     "quantize_model",
@@ -72,12 +103,16 @@ __all__ = [
     "quantize_rowwise_columnwise",
     "quantize_tensorwise",
     "reference",
+    "remove_lora",
+    "save_adapter",
     "save_quantized",
+    "set_adapter",
     "spqr",
     "spqr_dequantize",
     "spqr_linear",
     "spqr_matmul",
     "spqr_quantize_columns",
+    "unmerge_adapter",
     "validate_csr",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,14 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 class FrozenBuffers(nn.Module):
-    """A module whose buffers keep their dtypes: `.to(dtype)`, `.half()` and the like change only its parameters, but for
-    those in `frozen_parameters`."""
-
-    frozen_parameters: ClassVar[tuple[str, ...]] = ()
+    """A module whose buffers keep their dtypes: `.to(dtype)`, `.half()` and the like change only its parameters."""
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         # Moves follow fn; dtype changes stop at the parameters. A scale that went through fp16 would be another weight.
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        frozen = {name: self._parameters.get(name) for name in self.frozen_parameters}
-        values = {name: parameter.data for name, parameter in frozen.items() if parameter is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             moved = self._buffers[name]
             if moved is not None and moved.dtype is not buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
-        for name, value in values.items():
-            parameter = self._parameters[name]
-            if parameter is not None and parameter.dtype is not value.dtype:
-                parameter.data = value.to(parameter.device)
         return self

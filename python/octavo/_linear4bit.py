@@ -19,7 +19,7 @@ from .nf4 import NESTED_BLOCKSIZE, NF4Weight, check_options
 from .reference_nf4 import code_book
 from .reference_states import dynamic_map
 
-_MARK = "weight.quant_state.bitsandbytes__"
+MARK = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +35,7 @@ class Header(NamedTuple):
 
 def is_linear4bit(state: dict[str, Tensor]) -> bool:
     """Whether the tensors of a layer, by their names in it, are those of bitsandbytes."""
-    return any(name.startswith(_MARK) for name in state)
+    return any(name.startswith(MARK) for name in state)
 
 
 def read_header(state: dict[str, Tensor]) -> Header:
@@ -44,16 +44,16 @@ def read_header(state: dict[str, Tensor]) -> Header:
     Raises:
         ValueError: it is not what bitsandbytes writes; the message has the value in question.
     """
-    marks = [name for name in state if name.startswith(_MARK)]
+    marks = [name for name in state if name.startswith(MARK)]
     if len(marks) != 1:
-        raise ValueError(f"there must be one {_MARK}nf4 or fp4, got {', '.join(marks) or 'none'}")
+        raise ValueError(f"there must be one {MARK}nf4 or fp4, got {', '.join(marks) or 'none'}")
     raw = state[marks[0]]
     if raw.dtype is not torch.uint8 or raw.dim() != 1:
         raise ValueError(f"{marks[0]} must be uint8 of one dimension, got {raw.dtype} {list(raw.shape)}")
     text = bytes(raw.tolist())
     try:
         described = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{marks[0]} is not JSON ({error}): {text[:80]!r}") from None
     if not isinstance(described, dict):
         raise ValueError(f"{marks[0]} must hold an object, got {text[:80]!r}")
@@ -65,7 +65,7 @@ def read_header(state: dict[str, Tensor]) -> Header:
         return value
 
     quant_type, blocksize = entry("quant_type", str), entry("blocksize", int)
-    if quant_type not in ("nf4", "fp4") or marks[0] != _MARK + quant_type:
+    if quant_type not in ("nf4", "fp4") or marks[0] != MARK + quant_type:
         raise ValueError(f"{marks[0]} has quant_type = {quant_type!r}")
     check_options(quant_type, blocksize)
     dtype, shape = entry("dtype", str), entry("shape", list)
@@ -76,7 +76,9 @@ def read_header(state: dict[str, Tensor]) -> Header:
     offset = None
     if "nested_blocksize" in described or "nested_offset" in described:
         if entry("nested_blocksize", int) != NESTED_BLOCKSIZE or entry("nested_dtype", str) != "float32":
-            nested = f"nested_blocksize = {described['nested_blocksize']!r}, nested_dtype = {described['nested_dtype']!r}"
+            nested = (
+                f"nested_blocksize = {described['nested_blocksize']!r}, nested_dtype = {described['nested_dtype']!r}"
+            )
             raise ValueError(f"{marks[0]} has {nested}; {NESTED_BLOCKSIZE} and 'float32' can be read")
         offset = entry("nested_offset", float)
         if not math.isfinite(offset):
@@ -95,16 +97,18 @@ def read_linear4bit(state: dict[str, Tensor]) -> tuple[Header, dict[str, Tensor]
     wanted = ["weight", "weight.absmax", "weight.quant_map"]
     wanted += ["weight.nested_absmax", "weight.nested_quant_map"] if nested else []
     if missing := [name for name in wanted if name not in state]:
-        raise ValueError(f"{', '.join(missing)} missing beside {_MARK}{header.quant_type}")
-    if unknown := [n for n in state if n.startswith("weight.") and n not in wanted and not n.startswith(_MARK)]:
-        raise ValueError(f"unknown {', '.join(unknown)} beside {_MARK}{header.quant_type}")
+        raise ValueError(f"{', '.join(missing)} missing beside {MARK}{header.quant_type}")
+    if unknown := [n for n in state if n.startswith("weight.") and n not in wanted and not n.startswith(MARK)]:
+        raise ValueError(f"unknown {', '.join(unknown)} beside {MARK}{header.quant_type}")
     maps = {"weight.quant_map": code_book(header.quant_type)}
     if nested:
         maps["weight.nested_quant_map"] = dynamic_map(True)
     for name, values in maps.items():
         given = state[name].detach()
         if not given.is_meta and not torch.equal(given.cpu(), values):
-            raise ValueError(f"{name} is not the code book of {header.quant_type}, got {given.flatten()[:4].tolist()} ...")
+            raise ValueError(
+                f"{name} is not the code book of {header.quant_type}, got {given.flatten()[:4].tolist()} ..."
+            )
     packed = state["weight"].detach()
     if packed.dtype is not torch.uint8:
         packed = packed.contiguous().view(torch.uint8)
@@ -133,12 +137,12 @@ def write_linear4bit(w: NF4Weight) -> dict[str, Tensor]:
         "shape": list(w.shape),
     }
     out = {"weight": w.packed.view(-1, 1), "weight.absmax": w.absmax}
-    out["weight.quant_map"] = code_book(w.quant_type).to(device)
+    out["weight.quant_map"] = (code_book(w.quant_type) + 0.0).to(device)  # fp4's -0 is 0 in its table
     if w.nested_absmax is not None and w.offset is not None:
         described |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
         described["nested_offset"] = w.offset.item()
         out["weight.nested_absmax"] = w.nested_absmax
         out["weight.nested_quant_map"] = dynamic_map(True).to(device)
     text = json.dumps(described).encode()
-    out[_MARK + w.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    out[MARK + w.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device=device)
     return out

@@ -301,7 +301,9 @@ class _Nf4Matmul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = ops.nf4_linear_transposed(grad, *ctx.saved_tensors, ctx.k, ctx.quant_type, ctx.blocksize)
+            packed, absmax, nested_absmax, offset = ctx.saved_tensors
+            weight = (packed, absmax, nested_absmax, offset)
+            grad_x = ops.nf4_linear_transposed(grad, *weight, ctx.k, ctx.quant_type, ctx.blocksize)
         grad_bias = _bias_grad(grad, ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return (grad_x, grad_bias, *[None] * 7)
 

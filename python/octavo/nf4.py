@@ -21,7 +21,7 @@ def check_options(quant_type: str, blocksize: int) -> None:
     """ValueError unless the operators know these."""
     if quant_type not in BITS:
         raise ValueError(f"quant_type must be one of {', '.join(BITS)}, got {quant_type!r}")
-    if isinstance(blocksize, bool) or blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
 
 
@@ -79,9 +79,7 @@ class NF4Weight:
         return 8 * self.bytes / max(1, self.shape.numel())
 
 
-def quantize_4bit(
-    x: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
-) -> NF4Weight:
+def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """Quantize a tensor to 4 bits, or 2, 3 or 8, block by block (QLoRA, arXiv 2305.14314, section 3).
 
     See `octavo.nf4_quantize` for the codes, ties and special values. With double quantization the absmax of blocks are

@@ -14,9 +14,20 @@ from ._frozen import FLOATS as _FLOATS
 from ._frozen import FrozenBuffers
 from ._frozen import dtype_name as _dtype
 from .autograd import int8_matmul
+from .nn_lora import LoRALinear
+from .nn_nf4 import NF4Linear
 from .nn_spqr import SpQRLinear
 
-__all__ = ["Int8Linear", "SpQRLinear", "StableEmbedding", "check_state", "check_threshold", "check_weight"]
+__all__ = [
+    "Int8Linear",
+    "LoRALinear",
+    "NF4Linear",
+    "SpQRLinear",
+    "StableEmbedding",
+    "check_state",
+    "check_threshold",
+    "check_weight",
+]
 
 
 def check_threshold(threshold: float) -> float:
@@ -28,11 +39,13 @@ def check_threshold(threshold: float) -> float:
 
 
 def check_weight(linear: nn.Linear, name: str = "") -> None:
-    """ValueError unless the weight of `linear` can be quantized: fp32, fp16 or bf16 and all finite."""
+    """ValueError unless `linear` can be quantized: weight and bias fp32, fp16 or bf16, the weight all finite."""
     where = f"{name}: {linear}" if name else str(linear)
     weight = linear.weight.detach()
     if weight.dtype not in _FLOATS:
         raise ValueError(f"{where}: the weight must be float32, float16 or bfloat16, got {_dtype(weight)}")
+    if linear.bias is not None and linear.bias.dtype not in _FLOATS:
+        raise ValueError(f"{where}: the bias must be float32, float16 or bfloat16, got {_dtype(linear.bias)}")
     if not weight.is_meta and (bad := weight.numel() - int(torch.isfinite(weight).sum())):
         raise ValueError(f"{where}: {bad} of {weight.numel()} weights are NaN or Inf")
 
@@ -216,7 +229,7 @@ class Int8Linear(FrozenBuffers):
         error_msgs: list[str],
     ) -> None:
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        errors = _read_bitsandbytes(state)
+        errors = read_linear8bit(state)
         errors += check_state(state, self.in_features, self.out_features)
         if errors:
             where = f"{type(self).__name__} {prefix[:-1]!r}" if prefix else type(self).__name__
@@ -298,7 +311,7 @@ class StableEmbedding(nn.Embedding):
             weight.octavo_state_bits = 32  # type: ignore[attr-defined]
 
 
-def _read_bitsandbytes(state: dict[str, Tensor]) -> list[str]:
+def read_linear8bit(state: dict[str, Tensor]) -> list[str]:
     """Turn the int8 state of bitsandbytes, if it is that, into ours in place: weight * SCB / 127 is the weight."""
     layouts = {0: "row", 1: "col32", 2: "col_turing", 3: "col_ampere"}
     layout = state.pop("weight_format", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ._frozen import FLOATS, FrozenBuffers, dtype_name
 from ._linear4bit import is_linear4bit, read_linear4bit
 from .autograd import nf4_matmul_flat
-from .nf4 import NESTED_BLOCKSIZE, NF4Weight, check_low_bit_state, check_options, packed_bytes, quantize_4bit
+from .nf4 import NESTED_BLOCKSIZE, NF4Weight, check_low_bit_state, check_options, quantize_4bit
+from .ops_nf4 import packed_bytes
 
 TENSORS = ("weight", "absmax", "nested_absmax", "offset")
 
@@ -34,18 +35,15 @@ def check_nf4_state(
     return errors
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
-
-
 class NF4Linear(FrozenBuffers):
     """`torch.nn.Linear` with a weight in 4 bits (QLoRA, arXiv 2305.14314): see `octavo.nf4_matmul`.
 
     ``y = x @ W.T + bias`` with ``W = value[code] * absmax`` of its block. x is [..., in_features] in fp32, fp16 or bf16
     and y is [..., out_features] in the same dtype. Differentiable in x and bias; the weight is frozen.
 
-    The quantized tensors are parameters that require no gradient, flat, so that FSDP2 shards and gathers them like any
-    other. `.to(dtype)`, `.half()` and the like change only the bias. A new module is all zeros: fill it by
+    What is uint8 is a parameter that requires no gradient, flat, so that FSDP2 shards and gathers it; what is fp32 is a
+    buffer, because FSDP2 would gather it in the dtype of its mixed-precision policy. (So absmax is sharded with double
+    quantization, and replicated without.) `.to(dtype)`, `.half()` and the like change only the bias. A new module is all zeros: fill it by
     `from_linear`, `from_weight` or `load_state_dict`, which also reads the 4-bit state of bitsandbytes
     (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4`` and so on) and takes from the state whether there is
     double quantization; quant_type and blocksize must be the module's.
@@ -64,12 +62,10 @@ class NF4Linear(FrozenBuffers):
         ValueError: an unknown quant_type or blocksize.
     """
 
-    frozen_parameters: ClassVar[tuple[str, ...]] = TENSORS
-
     weight: nn.Parameter
-    absmax: nn.Parameter
-    nested_absmax: nn.Parameter | None
-    offset: nn.Parameter | None
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -92,15 +88,24 @@ class NF4Linear(FrozenBuffers):
         count = in_features * out_features
         blocks = -(-count // blocksize)
 
-        def zeros(length: int, of: torch.dtype) -> nn.Parameter:
-            return _frozen(torch.zeros(length, dtype=of, device=device))
+        def zeros(length: int, of: torch.dtype) -> Tensor:
+            return torch.zeros(length, dtype=of, device=device)
 
-        self.weight = zeros(packed_bytes(count, quant_type), torch.uint8)
-        self.absmax = zeros(blocks, torch.uint8 if double_quant else torch.float32)
+        self._put("weight", zeros(packed_bytes(count, quant_type), torch.uint8))
+        self._put("absmax", zeros(blocks, torch.uint8 if double_quant else torch.float32))
         nested = -(-blocks // NESTED_BLOCKSIZE)
-        self.register_parameter("nested_absmax", zeros(nested, torch.float32) if double_quant else None)
-        self.register_parameter("offset", zeros(1, torch.float32) if double_quant else None)
+        self._put("nested_absmax", zeros(nested, torch.float32) if double_quant else None)
+        self._put("offset", zeros(1, torch.float32) if double_quant else None)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    def _put(self, name: str, tensor: Tensor | None) -> None:
+        """Make it the module's tensor of this name, as what its dtype asks for."""
+        self._parameters.pop(name, None)
+        self._buffers.pop(name, None)
+        if tensor is not None and tensor.dtype is torch.uint8:
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        else:
+            self.register_buffer(name, None if tensor is None else tensor.detach())
 
     @classmethod
     def from_linear(
@@ -143,7 +148,7 @@ class NF4Linear(FrozenBuffers):
         if errors := check_nf4_state(state, k, n, weight.quant_type, weight.blocksize):
             raise ValueError(f"NF4Linear.from_weight: {'; '.join(errors)}")
         for name in TENSORS:
-            out._parameters[name] = _frozen(state[name]) if name in state else None
+            out._put(name, state.get(name))
         if bias is not None:
             out.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
         return out
@@ -175,7 +180,9 @@ class NF4Linear(FrozenBuffers):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() and x.shape[-1] != self.in_features:
-            raise RuntimeError(f"NF4Linear: x of shape {list(x.shape)} does not end with in_features {self.in_features}")
+            raise RuntimeError(
+                f"NF4Linear: x of shape {list(x.shape)} does not end with in_features {self.in_features}"
+            )
         tensors = (self.weight, self.absmax, self.nested_absmax, self.offset)
         return nf4_matmul_flat(x, tensors, self.bias, self.out_features, self.quant_type, self.blocksize)
 
@@ -215,14 +222,8 @@ class NF4Linear(FrozenBuffers):
             return
         if "weight" in state:  # a new weight brings its double quantization, or that it has none
             for name in TENSORS:
-                current, new = self._parameters[name], state.get(name)
-                if new is None:
-                    self._parameters[name] = None
-                elif current is None or current.dtype is not new.dtype:
-                    self._parameters[name] = _frozen(torch.empty_like(new, device=self.weight.device))
+                current, new = getattr(self, name), state.get(name)
+                if new is None or current is None or current.dtype is not new.dtype:
+                    self._put(name, None if new is None else torch.empty_like(new, device=self.weight.device))
         state = {prefix + name: value for name, value in state.items()}
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if local_metadata.get("assign_to_params_buffers"):  # which keeps what the given tensors are
-            for name in TENSORS:
-                if (parameter := self._parameters[name]) is not None and parameter.requires_grad:
-                    self._parameters[name] = _frozen(parameter)

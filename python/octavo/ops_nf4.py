@@ -28,8 +28,8 @@ def nf4_quantize(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tup
     to the bit.
 
     Packed without gaps, the first code in the upper bits of the first byte; of an odd number of 4-bit codes the last
-    half byte is the code of 0. A block of zeros, or whose absmax is below 2**-126, has absmax 0 and the code of 0; so has
-    a NaN. Inf has the outermost code of its sign, and does not count for the absmax.
+    half byte is the code of 0. A block of zeros, or whose absmax is below 2**-126, has absmax 0 and the code of 0. NaN
+    has the code of 0, Inf the outermost one of its sign; neither counts for the absmax.
 
     Args:
         x: any shape, fp32, fp16 or bf16.

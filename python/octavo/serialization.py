@@ -3,9 +3,10 @@
 ``octavo.safetensors``
     The state dict; tensors that are tied are stored once.
 ``octavo.json``
-    ``format_version``, ``octavo_version``; ``method``: "int8", "spqr" or, for a model with both, "mixed"; ``modules``:
-    for every quantized module by its name ``method`` (where it is absent, the one above), ``in_features``,
-    ``out_features``, ``bias``, and for int8 ``threshold`` and ``kept_columns``, for spqr ``bits``, ``group_size``,
+    ``format_version``, ``octavo_version``; ``method``: "int8", "nf4", "spqr" or, for a model with several, "mixed";
+    ``modules``: for every quantized module by its name ``method`` (where it is absent, the one above),
+    ``in_features``, ``out_features``, ``bias``, and for int8 ``threshold`` and ``kept_columns``, for nf4
+    ``quant_type``, ``blocksize``, ``double_quant`` and ``weight_dtype``, for spqr ``bits``, ``group_size``,
     ``stats_group_size``, ``scale_bits``, ``zero_bits``, ``bilevel`` and ``perm`` (whether there are such tensors),
     ``outliers`` (how many); ``tied``: name of a tensor to the name that it is stored under; ``tensors``: ``bytes`` and
     ``sha256`` of the file above; ``model``: ``class``, and ``transformers``: whether that is a class of transformers.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from ._kinds import KINDS, MODULES, configuration, method_of
 from ._version import __version__
+from .nn_lora import LoRALinear
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "octavo.safetensors", "octavo.json"
@@ -41,26 +43,27 @@ _TENSORS, _MANIFEST = "octavo.safetensors", "octavo.json"
 
 
 @contextmanager
-def new_directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def new_directory(target: str | os.PathLike[str], overwrite: bool = False, marker: str = _MANIFEST) -> Iterator[Path]:
     """A directory to write into, which becomes `target` in one rename when the block ends, and never if it raises.
 
     Args:
         target: must not exist, or be an empty directory.
-        overwrite: `target` may also be a directory that `save_quantized` wrote; it is replaced at the end.
+        overwrite: `target` may also be a directory with the file `marker` in it; it is replaced at the end.
+        marker: by default what `save_quantized` writes.
 
     Raises:
         FileExistsError: it exists and may not be replaced. Nothing has been written then.
         FileNotFoundError: the directory that `target` is to be in does not exist.
     """
     target = Path(os.path.abspath(target))
-    _check_target(target, overwrite)
+    _check_target(target, overwrite, marker)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no directory {target.parent}")
     temporary, old = (target.parent / f".{target.name}.{secrets.token_hex(4)}.{end}" for end in ("tmp", "old"))
     temporary.mkdir()
     try:
         yield temporary
-        _check_target(target, overwrite)
+        _check_target(target, overwrite, marker)
         if overwrite and target.exists():
             os.rename(target, old)
             try:
@@ -76,21 +79,21 @@ def new_directory(target: str | os.PathLike[str], overwrite: bool = False) -> It
         raise
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def _check_target(target: Path, overwrite: bool, marker: str) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} exists and is not a directory")
     entries = sorted(entry.name for entry in target.iterdir())
-    if not entries or (overwrite and _MANIFEST in entries):
+    if not entries or (overwrite and marker in entries):
         return
     if overwrite:
-        raise FileExistsError(f"{target} was not written by octavo (it has no {_MANIFEST}): it is not overwritten")
+        raise FileExistsError(f"{target} was not written by octavo (it has no {marker}): it is not overwritten")
     raise FileExistsError(f"{target} exists and holds {len(entries)} entries; pass overwrite=True to replace it")
 
 
 def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write a model that holds `octavo.nn.Int8Linear` or `SpQRLinear` modules to `directory`, for `load_quantized`.
+    """Write a model with `octavo.nn.Int8Linear`, `NF4Linear` or `SpQRLinear` to `directory`, for `load_quantized`.
 
     It is written beside `directory` and renamed at the end: an interruption leaves nothing half-written. Tied tensors
     are stored once.
@@ -101,14 +104,19 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
         overwrite: replace a directory that `save_quantized` wrote before.
 
     Raises:
-        ValueError: no quantized module in the model, a tensor on the meta device, quantized state that is not sound
-            (NaN or Inf, or what `octavo.spqr.SpQRWeight.validate` finds).
+        ValueError: no quantized module in the model, LoRA adapters, a tensor on the meta device, quantized state that
+            is not sound (NaN or Inf, or what `octavo.spqr.SpQRWeight.validate` finds).
         FileExistsError, FileNotFoundError: see `directory`.
     """
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, MODULES)}
     if not layers:
         names = " or ".join(module.__name__ for module in MODULES)
         raise ValueError(f"{type(model).__name__} holds no octavo.nn.{names}; call octavo.quantize_model first")
+    if adapted := [name for name, m in model.named_modules() if isinstance(m, LoRALinear)]:
+        raise ValueError(
+            f"{adapted[0]} has LoRA adapters: octavo.save_adapter saves them; before saving the model itself, "
+            "octavo.remove_lora takes them away, or octavo.merge_adapter(model, keep=False) puts one into the weights"
+        )
     if "" in layers:
         itself = type(model).__name__
         raise ValueError(f"the model is itself a quantized layer, {itself}: save its state_dict, or a model with it")
@@ -267,7 +275,7 @@ def load_quantized(
             layers[current] = KINDS[config["method"]].build(config, dtype).train(current.training)
         model.set_submodule(name, layers[current])
     model.load_state_dict(tensors, assign=True)
-    _tie(model, manifest["tied"])
+    tie(model, manifest["tied"])
     return model.to(device)
 
 
@@ -386,7 +394,7 @@ def _names(config: dict[str, Any]) -> set[str]:
     return KINDS[config["method"]].names(config)
 
 
-def _tie(model: nn.Module, tied: dict[str, str]) -> None:
+def tie(model: nn.Module, tied: dict[str, str]) -> None:
     """Make tensors that were one before saving one object again."""
     for name, source in tied.items():
         owner, _, leaf = name.rpartition(".")

