@@ -1,4 +1,4 @@
-"""What SpQR, GPTQ and round-to-nearest do to real models, at how many bits.
+"""What SpQR, GPTQ, NF4 and round-to-nearest do to real models, at how many bits.
 
     python -m octavo.bench.quality --calibration emma.txt --text mansfield.txt --out results
 
@@ -43,12 +43,13 @@ class Method:
     """One row: how the weights are quantized, and with how many calibration sequences."""
 
     name: str
-    config: SpQRConfig | None = None  # None: not at all
+    config: SpQRConfig | None = None
     samples: int = 0
+    low_bit: tuple[str, bool] | None = None  # quant_type and double_quant of NF4 and its like; neither: not at all
 
     @property
     def family(self) -> str:
-        return self.name.partition("-")[0]
+        return self.name.partition("-")[0].partition(" ")[0]
 
 
 @dataclass
@@ -75,6 +76,10 @@ def methods(few: int, many: int) -> list[Method]:
     gptq3, gptq4 = SpQRConfig.gptq(3, 16), SpQRConfig.gptq(4, 64)
     return [
         Method("fp32"),
+        Method("NF4 b64", low_bit=("nf4", False)),
+        Method("NF4 b64, double quant.", low_bit=("nf4", True)),
+        Method("FP4 b64", low_bit=("fp4", False)),
+        Method("NF3 b64", low_bit=("nf3", False)),
         Method("RTN-3 g16", SpQRConfig.rtn(3, 16)),
         Method("RTN-4 g64", SpQRConfig.rtn(4, 64)),
         Method("GPTQ-3 g16", gptq3, few),
@@ -209,7 +214,12 @@ def spread(windows: Tensor, count: int) -> Tensor:
 def measure(subject: Subject, method: Method, simulate: bool) -> Row:
     """Quantize a copy of the model and judge it; its decoding is timed if its layers are really packed."""
     quantized, report, begin = subject.model, None, time.perf_counter()
-    if method.config is not None:
+    if method.low_bit is not None:
+        quantized = copy.deepcopy(subject.model)
+        quant_type, double_quant = method.low_bit
+        options: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant}
+        report = quantize_model(quantized, "nf4", skip=subject.skip, progress=False, **options)
+    elif method.config is not None:
         quantized = copy.deepcopy(subject.model)
         calibration = spread_list(subject.calibration, method.samples) if method.samples else None
         report = quantize_model(
@@ -247,8 +257,8 @@ def spread_list(batches: Sequence[Any], count: int) -> list[Any]:
 
 def _decode(subject: Subject, quantized: Any) -> tuple[float | None, float | None]:
     """Tokens per second of the packed model and, in turns with it, of the unquantized one."""
-    packed = getattr(octavo.nn, "SpQRLinear", None)
-    if subject.prompt is None or packed is None or not any(isinstance(m, packed) for m in quantized.modules()):
+    packed = (octavo.nn.SpQRLinear, octavo.nn.NF4Linear)
+    if subject.prompt is None or not any(isinstance(m, packed) for m in quantized.modules()):
         return None, None
     this, exact = evaluate.speed([quantized, subject.model], subject.prompt, steps=17, rounds=3)
     return this.decode, exact.decode
@@ -366,7 +376,13 @@ def _number(value: float | None, form: str) -> str:
 
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
-_FAMILIES = {"RTN": ("#999999", "s"), "GPTQ": ("#E69F00", "^"), "SpQR": ("#0072B2", "o")}  # Okabe and Ito
+_FAMILIES = {  # Okabe and Ito
+    "RTN": ("#999999", "s"),
+    "GPTQ": ("#E69F00", "^"),
+    "SpQR": ("#0072B2", "o"),
+    "NF": ("#009E73", "D"),
+    "FP4": ("#CC79A7", "v"),
+}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -398,7 +414,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         shown: dict[tuple[float, float], str] = {}
         for row in rows:
             if row["samples"] in (0, min((r["samples"] for r in rows if r["samples"]), default=0)):
-                shown[row["real_bits"], row["divergence"]] = row["method"].partition("-")[2]
+                shown[row["real_bits"], row["divergence"]] = row["method"].partition("-")[2] or row["method"]
         for at, label in shown.items():
             axis.annotate(label, at, xytext=(6, 4), textcoords="offset points", fontsize="x-small")
         axis.set(

@@ -54,7 +54,7 @@ def test_the_row_that_a_grid_makes_exact_is_not_there():
     rows = quality.methods(16, 128)
     settings = [(m.config.bits, m.config.group_size) for m in rows if m.config is not None]
     assert (quality.GRID_BITS, quality.GRID_GROUP) not in settings
-    assert {m.family for m in rows} == {"fp32", "RTN", "GPTQ", "SpQR"}
+    assert {m.family for m in rows} == {"fp32", "NF4", "NF3", "FP4", "RTN", "GPTQ", "SpQR"}
     assert all(bool(m.samples) == (m.config is not None and m.config.propagate) for m in rows)
     model = llama()
     put_on_grid(model)
@@ -156,7 +156,7 @@ def test_embeddings_are_of_all_tokens_and_unit_length():
     [
         (["--text", "learn.txt"], "must be different texts"),
         (["--text", "judge.txt", "--models", "huge"], "knows plain, dithered and minilm, not huge"),
-        (["--text", "judge.txt", "--methods", "AWQ"], "no row is called AWQ; there are fp32, RTN-3 g16"),
+        (["--text", "judge.txt", "--methods", "AWQ"], "no row is called AWQ; there are fp32, NF4 b64"),
     ],
 )
 def test_refuses(arguments, message, capsys):

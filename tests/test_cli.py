@@ -16,7 +16,8 @@ pytest.importorskip("gguf")
 import octavo  # noqa: E402
 from octavo import demo, evaluate, models  # noqa: E402
 from octavo.cli import app  # noqa: E402
-from octavo.nn import Int8Linear  # noqa: E402
+from octavo.integrations.bitsandbytes import to_bitsandbytes_state  # noqa: E402
+from octavo.nn import Int8Linear, NF4Linear  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -116,12 +117,54 @@ def test_quantize_by_spqr_and_evaluate(source, tmp_path):
     assert "perplexity" in result.output
 
 
+def test_quantize_by_nf4_and_evaluate(source, tmp_path, text):
+    arguments = ["--method", "nf4", "--quant-type", "fp4", "--blocksize", 128, "--double-quant", "--skip", "o_proj"]
+    result = octavo_("quantize", source, tmp_path / "nf4", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "12 layers in nf4, fp4 codes in blocks of 128, double quantization, 4.0" in result.output
+    assert "bits stored" in result.output
+    layers = [m for m in models.load_model(models.find_source(tmp_path / "nf4")).modules() if isinstance(m, NF4Linear)]
+    assert {(layer.quant_type, layer.blocksize, layer.double_quant) for layer in layers} == {("fp4", 128, True)}
+    result = octavo_("eval", tmp_path / "nf4", "--text", text, "--context", 64, "--windows", 1)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+    result = octavo_("quantize", source, tmp_path / "plain", "--method", "nf4")
+    assert "14 layers in nf4, nf4 codes in blocks of 64, 4.50 bits stored" in result.output
+    refused(octavo_("quantize", tmp_path / "nf4", tmp_path / "twice"), "is quantized already (octavo)")
+
+
+def test_what_bitsandbytes_quantized_is_evaluated_in_octavo_s_layers(source, tmp_path, text):
+    model = models.load_model(models.find_source(source))
+    octavo.quantize_model(model, "nf4", progress=False, double_quant=True)
+    path = shutil.copytree(source, tmp_path / "bnb")
+    tensors = {name: t.clone() for name, t in to_bitsandbytes_state(model).items() if name != "lm_head.weight"}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    quantization = {"load_in_4bit": True, "load_in_8bit": False}  # of before it named its method
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    result = octavo_("eval", path, "--text", text, "--context", 64, "--windows", 1, "--json")
+    assert result.exit_code == 0, result.output
+    ids = torch.tensor(byte_tokenizer()(TEXT).input_ids)
+    expected = evaluate.perplexity(model, evaluate.windows(ids, 64, 1)).perplexity
+    assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    refused(octavo_("quantize", path, tmp_path / "out"), "is quantized already (bitsandbytes)")
+    name = next(name for name in tensors if "quant_state" in name)
+    save_file(tensors | {name: tensors[name][1:]}, path / "model.safetensors", metadata={"format": "pt"})
+    result = octavo_("eval", path, "--text", text, "--context", 64)
+    refused(result, "cannot read the model of", "q_proj: weight.quant_state", "is not JSON")
+
+
 def test_settings_of_one_method_are_refused_by_another(source, text, tmp_path):
     for arguments, message in (
         (["--method", "spqr"], "method spqr needs calibration data"),
         (["--bits", 4], "--bits: for methods spqr, gptq, rtn, not int8"),
         (["--samples", 4, "--outliers", 0.1], "--outliers, --samples: for methods spqr, gptq, rtn, not int8"),
         (["--method", "rtn", "--threshold", 0], "--threshold: for method int8, not rtn"),
+        (["--method", "nf4", "--threshold", 6], "--threshold: for method int8, not nf4"),
+        (["--method", "nf4", "--bits", 4], "--bits: for methods spqr, gptq, rtn, not nf4"),
+        (["--method", "nf4", "--calibration", text], "method nf4 takes no calibration"),
+        (["--quant-type", "nf4", "--blocksize", 64], "--quant-type, --blocksize: for method nf4, not int8"),
+        (["--method", "rtn", "--double-quant"], "--double-quant: for method nf4, not rtn"),
         (["--calibration", text], "method int8 takes no calibration"),
         (["--method", "rtn", "--group-size", 24], "group_size must be"),
         (["--method", "spqr", "--calibration", tmp_path / "no.txt"], "no.txt"),
@@ -254,6 +297,11 @@ def test_demo_texts_are_prose_and_disjoint():
         (["quantize", "SRC", "DST", "--threshold", "nan"], "got nan"),
         (["quantize", "SRC", "DST", "--threshold", "many"], "Invalid value for '--threshold'"),
         (["quantize", "SRC", "DST", "--method", "int3"], "'int3' is not one of int8"),
+        (
+            ["quantize", "SRC", "DST", "--method", "nf4", "--quant-type", "int4"],
+            "'int4' is not one of nf2, nf3, nf4, nf8",
+        ),
+        (["quantize", "SRC", "DST", "--method", "nf4", "--blocksize", "48"], "48 is not one of 32, 64, 128, 256, 512"),
         (["quantize", "SRC", "DST", "--threads", "0"], "Invalid value for '--threads'"),
         (["quantize", "SRC"], "Missing argument 'DST'"),
         (["eval", "SRC"], "Missing option '--text'"),

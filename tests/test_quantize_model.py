@@ -7,7 +7,7 @@ import weakref
 import octavo
 import pytest
 import torch
-from octavo.nn import Int8Linear
+from octavo.nn import Int8Linear, NF4Linear
 from torch import nn
 
 
@@ -167,6 +167,65 @@ def test_meta_model():
     assert model(IDS.to("meta"))[0].shape == (5, 10, 50)
 
 
+# ---- nf4 -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_replaces_what_int8_does(model, double_quant):
+    by_hand = copy.deepcopy(model)
+    options = {"quant_type": "fp4", "blocksize": 32, "double_quant": double_quant}
+    for block in by_hand.blocks:
+        block.up, block.down = (NF4Linear.from_linear(linear, **options) for linear in (block.up, block.down))
+    report = octavo.quantize_model(model, method="nf4", progress=False, **options)
+    quantized = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert [layer.name for layer in report.layers] == quantized
+    assert report.skipped == {"head": "its weight is shared with another module", "lm_head": "as asked"}
+    assert all(type(model.get_submodule(name)) is NF4Linear for name in quantized)
+    assert model.again.up is model.blocks[0].up
+    assert model.head.weight is model.embed.weight
+    assert all(torch.equal(a, b) for a, b in zip(model(IDS), by_hand(IDS), strict=True))
+    assert repr(model.blocks[0].up) == repr(by_hand.blocks[0].up)
+
+
+def test_nf4_defaults_and_shared_modules():
+    shared = nn.Linear(131072, 2)  # any width
+    model = nn.Sequential(shared, nn.Linear(2, 131072), shared)
+    report = octavo.quantize_model(model, method="nf4", progress=False)
+    assert [layer.name for layer in report.layers] == ["0", "1"]
+    assert model[0] is model[2]
+    assert (model[0].quant_type, model[0].blocksize, model[0].double_quant) == ("nf4", 64, False)
+
+
+def test_nf4_report(model):
+    before = sum(t.numel() * 4 for t in model.parameters())
+    report = octavo.quantize_model(model, method="nf4", double_quant=True, progress=False)
+    up, down = report.layers[:2]
+    scales = 64 * 32 // 64 + 4 + 4  # blocks, one absmax of them, the offset
+    assert (up.bytes_before, up.bytes_after) == (4 * 64 * 33, 64 * 32 // 2 + scales + 4 * 64)
+    assert up.nominal_bits == down.nominal_bits == 4 + 8 / 64 + 32 / (64 * 256)
+    assert up.real_bits == down.real_bits == 4 + 8 * scales / (64 * 32)
+    assert (report.nominal_bits, report.real_bits) == (up.nominal_bits, up.real_bits)
+    assert report.model_bytes_before == before
+    assert before - report.model_bytes_after == report.bytes_before - report.bytes_after
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (data["method"], data["real_bits"]) == ("nf4", report.real_bits)
+    for text in (str(report), _render(report)):
+        assert "nf4 codes in blocks of 64, double quantization" in text
+        assert "bits stored" in text and f"{up.real_bits:.3f}" in text
+        assert "outliers" not in text
+
+
+def test_nf4_of_other_dtypes_and_on_the_meta_device(model):
+    octavo.quantize_model(model.bfloat16(), method="nf4", progress=False)
+    assert model(IDS)[0].dtype is torch.bfloat16
+    assert model.blocks[0].up.dequantize().weight.dtype is torch.bfloat16
+    with torch.device("meta"):
+        model = Model()
+    octavo.quantize_model(model, method="nf4", double_quant=True, progress=False)
+    assert model.blocks[0].up.weight.is_meta
+    assert model(IDS.to("meta"))[0].shape == (5, 10, 50)
+
+
 # ---- calibration ---------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +285,7 @@ def failing_batches():
 
 
 FAILURES = {
-    "method": ({"method": "int3"}, ValueError, "unknown method 'int3'; known: int8"),
+    "method": ({"method": "int3"}, ValueError, "unknown method 'int3'; known: int8, nf4"),
     "threshold": ({"threshold": -2.0}, ValueError, "got -2.0"),
     "threshold nan": ({"threshold": float("nan")}, ValueError, "got nan"),
     "no calibration": ({"keep_outliers": True}, ValueError, "needs calibration data"),
@@ -235,6 +294,15 @@ FAILURES = {
     "empty": ({"keep_outliers": True, "calibration": []}, ValueError, "no batches"),
     "batch": ({"keep_outliers": True, "calibration": [IDS, "text"]}, ValueError, "tensors or mappings, got str"),
     "disk": ({"keep_outliers": True, "calibration": failing_batches}, OSError, "disk is gone"),
+    "nf4 threshold": ({"method": "nf4", "threshold": 6.0}, ValueError, "threshold is of method int8, not of nf4"),
+    "nf4 kept": ({"method": "nf4", "keep_outliers": True}, ValueError, "keep_outliers is of method int8, not of nf4"),
+    "nf4 calibration": ({"method": "nf4", "calibration": [IDS]}, ValueError, "method nf4 takes no calibration"),
+    "nf4 bits": ({"method": "nf4", "bits": 4, "tau": 1.0}, ValueError, "method nf4 takes no bits, tau"),
+    "nf4 type": ({"method": "nf4", "quant_type": "int4"}, ValueError, "one of nf2, nf3, nf4, nf8, fp4, got 'int4'"),
+    "nf4 blocksize": ({"method": "nf4", "blocksize": 0}, ValueError, "power of two from 32 to 4096, got 0"),
+    "int8 type": ({"quant_type": "nf4"}, ValueError, "quant_type is of method nf4, not of int8"),
+    "int8 blocksize": ({"blocksize": 64}, ValueError, "blocksize is of method nf4, not of int8"),
+    "rtn double": ({"method": "rtn", "double_quant": True}, ValueError, "double_quant is of method nf4, not of rtn"),
     "all skipped": ({"skip": ["up", "down", "lm_head"]}, ValueError, "Model has no torch.nn.Linear.*\n.*as asked"),
 }
 
@@ -253,11 +321,12 @@ def test_failures_change_nothing(model, case):
     assert all(m.training for m in model.modules())
 
 
-def test_non_finite_weights_are_found_before_anything_changes(model):
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_non_finite_weights_are_found_before_anything_changes(model, method):
     broken(model)
     kinds = layers_of(model)
     with pytest.raises(ValueError, match=r"blocks\.1\.down: .*3 of 2048 weights are NaN or Inf"):
-        octavo.quantize_model(model, progress=False)
+        octavo.quantize_model(model, method=method, progress=False)
     assert layers_of(model) == kinds
     octavo.quantize_model(model, skip=["blocks.1.down"], progress=False)
 
@@ -265,6 +334,11 @@ def test_non_finite_weights_are_found_before_anything_changes(model):
 def test_other_dtypes_are_an_error(model):
     with pytest.raises(ValueError, match=r"blocks\.0\.up: .*got float64"):
         octavo.quantize_model(model.double(), progress=False)
+    model.float().blocks[0].up.bias.data = torch.zeros(64).double()
+    kinds = layers_of(model)
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: .*the bias must be .*got float64"):
+        octavo.quantize_model(model, method="nf4", progress=False)
+    assert layers_of(model) == kinds
 
 
 def test_models_without_linears():

@@ -60,11 +60,16 @@ def sample(name: str) -> tuple[object, ...]:
     columns, count = reference.find_outlier_columns(x, 2.0)
     slot = torch.full((20,), -1, dtype=torch.int32)
     csr = octavo.dense_to_csr(torch.randn(7, 20, generator=generator), 1.0)
+    nested = octavo.quantize_4bit(torch.randn(7, 20, generator=generator), "nf3", 32, double_quant=True).tensors()
     rows = torch.randn(3, 5, 7, generator=generator)
     return {
         "spqr_quantize_columns": (x.view(15, 20), torch.eye(20), 0.05, 3, 10, 16, 3, 3),
         "quantize_blockwise": (x, 64, False),
         "dequantize_blockwise": (*reference.quantize_blockwise(x, 64), torch.bfloat16, 64),
+        "nf4_quantize": (x, "fp4", 32),
+        "nf4_dequantize": (*nested, [7, 20], torch.bfloat16, "nf3", 32),
+        "nf4_linear": (x, *nested, torch.ones(7), 7, "nf3", 32),
+        "nf4_linear_transposed": (rows, *nested, 20, "nf3", 32),
         "quantize_rowwise": (x, 2.0),
         "quantize_columnwise": (x,),
         "quantize_tensorwise": (x,),

@@ -9,7 +9,7 @@ import octavo
 import pytest
 import torch
 from octavo import serialization
-from octavo.nn import Int8Linear, SpQRLinear
+from octavo.nn import Int8Linear, NF4Linear, SpQRLinear
 from safetensors.torch import load_file, save_file
 from spqr_weights import random_weight
 from torch import nn
@@ -393,7 +393,7 @@ BAD_SPQR = {
     "sign": (lambda m: m.update(out_features=-48), "module 'up': in_features and out_features are 32 and -48"),
     "type": (lambda m: m.update(bilevel=1), "module 'up' has bilevel = 1"),
     "absent": (lambda m: m.pop("zero_bits"), "module 'up' has zero_bits = None"),
-    "method": (lambda m: m.update(method="nf4"), "module 'up' has method = 'nf4'"),
+    "method": (lambda m: m.update(method="nf9"), "module 'up' has method = 'nf9'"),
     "int8": (lambda m: m.update(method="int8"), "module 'up' has threshold = None"),
     "outliers": (lambda m: m.update(outliers=7), r"up: has \d+ outliers, not 7"),
     "perm": (lambda m: m.update(perm=False), r"up: has tensors .*octavo\.json says"),
@@ -425,3 +425,76 @@ def test_spqr_values_are_checked_before_saving_and_loading(tmp_path):
     with pytest.raises(ValueError, match=r"up: unit must be one positive number, got \[0.0\]"):
         octavo.save_quantized(model, tmp_path / "again")
     assert os.listdir(tmp_path) == ["saved"]
+
+
+# ---- nf4 -------------------------------------------------------------------------------------------------------------
+
+
+def nf4_model(mixed=False, **options):
+    torch.manual_seed(0)
+    model = Model().eval()
+    model.up = NF4Linear.from_linear(model.up.bfloat16(), **options)
+    model.down = (Int8Linear if mixed else NF4Linear).from_linear(model.down)
+    model.alias = model.down
+    return model
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("target", ["factory", "meta", "other"])
+def test_nf4_round_trip(tmp_path, mixed, target):
+    model = nf4_model(mixed, quant_type="nf3", blocksize=32, double_quant=True)
+    octavo.save_quantized(model, tmp_path / "saved")
+    manifest = json.loads((tmp_path / "saved" / "octavo.json").read_text())
+    assert manifest["method"] == ("mixed" if mixed else "nf4")
+    sizes = {"in_features": 24, "out_features": 40, "bias": True}
+    options = {"quant_type": "nf3", "blocksize": 32, "double_quant": True, "weight_dtype": "bfloat16"}
+    assert manifest["modules"]["up"] == {"method": "nf4", **sizes, **options}
+    with torch.device("meta"):
+        meta = Model()
+    meta.scale = torch.tensor(0.5)
+    given = {"factory": Model, "meta": meta, "other": nf4_model(blocksize=64)}[target]
+    loaded = octavo.load_quantized(tmp_path / "saved", given)
+    assert_same_model(loaded, model)
+    assert repr(loaded.up) == repr(model.up)
+    assert loaded.up.weight_dtype is torch.bfloat16
+    assert type(loaded.down) is type(model.down)
+    assert loaded.alias is loaded.down
+    assert [name for name, p in loaded.up.named_parameters() if p.requires_grad] == ["bias"]
+    assert torch.equal(loaded.eval()(IDS), model(IDS))
+
+
+BAD_NF4 = {
+    "type": (lambda m: m.update(quant_type="int4"), "module 'up': quant_type must be one of .* got 'int4'"),
+    "blocksize": (lambda m: m.update(blocksize=48), "module 'up': blocksize must be a power of two .* got 48"),
+    "kind": (lambda m: m.update(blocksize="64"), "module 'up' has blocksize = '64'"),
+    "dtype": (lambda m: m.update(weight_dtype="float64"), "module 'up': weight_dtype is 'float64'"),
+    "double": (lambda m: m.update(double_quant=True), r"up: has tensors .*octavo\.json says"),
+    "absent": (lambda m: m.update(double_quant=None), "module 'up' has double_quant = None"),
+    "other": (lambda m: m.update(blocksize=32), r"up: absmax must be float32 \[30\], got float32 \[15\]"),
+    "bits": (lambda m: m.update(quant_type="nf3"), r"up: weight must be uint8 \[360\], got uint8 \[480\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NF4)
+def test_bad_nf4_manifest(tmp_path, case):
+    change, message = BAD_NF4[case]
+    octavo.save_quantized(nf4_model(), tmp_path / "saved")
+    reseal(tmp_path / "saved", lambda m: change(m["modules"]["up"]) and None)
+    model = Model()
+    with pytest.raises(ValueError, match=message):
+        octavo.load_quantized(tmp_path / "saved", model)
+    assert type(model.up) is nn.Linear
+
+
+def test_nf4_scales_are_checked_before_saving_and_loading(tmp_path):
+    model = nf4_model(double_quant=True)
+    octavo.save_quantized(model, tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "octavo.safetensors")
+    tensors["up.nested_absmax"][0] = torch.inf
+    save_file(tensors, tmp_path / "saved" / "octavo.safetensors")
+    reseal(tmp_path / "saved")
+    with pytest.raises(ValueError, match="up: nested_absmax has 1 non-finite values of 1"):
+        octavo.load_quantized(tmp_path / "saved", Model())
+    model.up.offset.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="up: offset has 1 non-finite values of 1"):
+        octavo.save_quantized(model, tmp_path / "again")

@@ -346,7 +346,7 @@ def test_options_of_another_method(llama, ids):
         ("gptq", {"tau": 0.1, "calibration": ids}, "method gptq takes no tau"),
         ("spqr", {"config": SpQRConfig(), "bits": 3, "calibration": ids}, "config holds all settings: give bits in it"),
         ("spqr", {"config": {"bits": 3}, "calibration": ids}, "must be a SpQRConfig, got dict"),
-        ("awq", {}, "unknown method 'awq'; known: int8, spqr, gptq, rtn"),
+        ("awq", {}, "unknown method 'awq'; known: int8, nf4, spqr, gptq, rtn"),
         ("spqr", {"bits": 3.0, "calibration": ids}, "bits must be an integer, got 3.0"),
         ("spqr", {"outlier_fraction": "a", "calibration": ids}, "outlier_fraction must be a number, got 'a'"),
         ("spqr", {"calibration": 5}, "calibration must be batches or the path of a text, got int"),

@@ -24,8 +24,9 @@ from rich.table import Table
 from torch import Tensor
 
 from . import evaluate, models
+from ._kinds import MODULES
 from ._version import __version__
-from .nn import Int8Linear, SpQRLinear
+from .nn import NF4Linear, SpQRLinear
 from .optim import AdamW8bit
 from .quantize import quantize_model
 
@@ -36,7 +37,7 @@ PROMPT = "Why is the sky blue? Answer in one sentence."
 _TEXT = ("execmodel", "import", "objects")
 _CALIBRATION_TEXT = ("types", "compound", "debugger", "strings", "calls")
 _CALIBRATION_WINDOWS = 8
-_COLOURS = {"int8": "#0072B2", "SpQR": "#E69F00"}  # Okabe and Ito
+_COLOURS = {"int8": "#0072B2", "SpQR": "#E69F00", "NF4,": "#009E73"}  # Okabe and Ito
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,22 @@ def _blocks(method: str, bits: int) -> Callable[[Any, Tensor], Any]:
     return apply
 
 
+def _nf4(double_quant: bool) -> Callable[[Any, Tensor], Any]:
+    def apply(model: Any, calibration: Tensor) -> Any:
+        quantize_model(model, "nf4", double_quant=double_quant, progress=False)
+        return model
+
+    return apply
+
+
 METHODS: tuple[Method, ...] = (
     Method("fp32", None, "the reference"),
     Method("bf16", lambda model, _: model.to(torch.bfloat16)),
     Method("int8, threshold 0", _int8(0.0), "every column in int8"),
     Method("int8, threshold 6", _int8(6.0), "LLM.int8()"),
     Method("int8, threshold 2", _int8(2.0), "most accurate"),
+    Method("NF4, blocks of 64", _nf4(False), "QLoRA's base"),
+    Method("NF4, double quantization", _nf4(True), "as QLoRA trains on it"),
     Method("RTN, 3 bits", _blocks("rtn", 3), "round to nearest, groups of 16: what SpQR is up against"),
     Method("SpQR, 3 bits", _blocks("spqr", 3), f"calibrated on {_CALIBRATION_WINDOWS} sequences"),
 )
@@ -242,7 +253,7 @@ def _quantized_layers(candidates: Sequence[Any]) -> list[str]:
     names: dict[str, None] = {}
     for model in candidates:
         modules = model.named_modules()
-        names |= dict.fromkeys(name for name, module in modules if isinstance(module, Int8Linear | SpQRLinear))
+        names |= dict.fromkeys(name for name, module in modules if isinstance(module, MODULES))
     return list(names)
 
 
@@ -256,6 +267,8 @@ def _bits(reference: Any, model: Any, layers: Sequence[str]) -> tuple[float, flo
         real += 8 * (evaluate.model_bytes(layer) - bias)
         if isinstance(layer, SpQRLinear):
             nominal += layer.nominal_bits * exact.numel()
+        elif isinstance(layer, NF4Linear):
+            nominal += layer.packed_weight.nominal_bits * exact.numel()
         else:
             nominal += 8 * layer.weight.element_size() * exact.numel()
     return real / weights, nominal / weights

@@ -18,6 +18,7 @@ from .serialization import load_quantized, new_directory
 
 _MANIFEST = "octavo.json"  # of a directory that octavo.save_quantized wrote
 _GGUF_MAGIC = b"GGUF"
+_OF_NF4 = ("quant_type", "blocksize", "double_quant")  # settings of this method alone
 
 
 class ModelError(ValueError):
@@ -76,7 +77,11 @@ def _quantization(path: Path) -> str | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    return str(quantization.get("quant_method")) if isinstance(quantization, dict) else repr(quantization)
+    if not isinstance(quantization, dict):
+        return repr(quantization)
+    if "quant_method" not in quantization and {"load_in_4bit", "load_in_8bit"} & quantization.keys():
+        return "bitsandbytes"  # of before there was another
+    return str(quantization.get("quant_method"))
 
 
 def smollm2() -> Source:
@@ -125,7 +130,7 @@ def resolve(name: str) -> Source:
 
 
 def load_model(source: Source, dtype: torch.dtype | None = None, quantization_config: Any = None) -> Any:
-    """The causal language model at `source`, on the CPU, in eval mode.
+    """The causal language model at `source`, on the CPU, in eval mode; what bitsandbytes quantized, in octavo's layers.
 
     Args:
         source: from `find_source`.
@@ -139,6 +144,11 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
     if source.kind == "octavo":
         with _explained(source, "model"):
             return load_quantized(source.path)
+    if source.quantization == "bitsandbytes":
+        from .integrations.bitsandbytes import load_bitsandbytes
+
+        with _explained(source, "model"):
+            return load_bitsandbytes(source.path, dtype=dtype)
     directory, keywords = source.path, {"dtype": dtype or "auto", "quantization_config": quantization_config}
     if source.kind == "gguf":
         unpacked = getattr(transformers, "GgufConfig", None)  # without it, every release unpacks
@@ -198,49 +208,52 @@ def quantize_to_directory(
 ) -> dict[str, Any]:
     """Quantize the model at `source` into a directory that transformers loads: weights, configuration, tokenizer.
 
-    For int8, a transformers directory is quantized tensor by tensor while it is read; a GGUF file is unpacked first.
-    "spqr", "gptq" and "rtn" read the whole model and go through `octavo.quantize_model`, which takes `calibration` (a
-    text), `progress` and the other `settings`. `target` is written beside itself and renamed at the end: a failure or
+    For int8 and nf4 (whose `settings` are `quant_type`, `blocksize` and `double_quant`), a transformers directory is
+    quantized tensor by tensor while it is read; a GGUF file is unpacked first. "spqr", "gptq" and "rtn" read the whole
+    model and go through `octavo.quantize_model`, which takes `calibration` (a text), `progress` and the other
+    `settings`. `target` is written beside itself and renamed at the end: a failure or
     an interruption leaves nothing, and finished layers only where settings name a directory to `resume` from.
 
     Returns:
         "layers" quantized, and bytes of the files: "bytes_before" and "bytes_after"; for int8 the "threshold" (6.0 by
-        default), for the others the "report" of `quantize_model`.
+        default), for nf4 the "bits" stored per weight, for the others the "report" of `quantize_model`.
 
     Raises:
         ModelError: `source` cannot be read, or is quantized already.
         FileExistsError, FileNotFoundError: `target` exists, or the directory that it is to be in does not.
-        ValueError: an unknown method, a bad threshold, nothing to quantize, weights with NaN or Inf.
+        ValueError: an unknown method, a bad or foreign setting, nothing to quantize, weights with NaN or Inf.
     """
     if source.quantization is not None:
         made = f"{source.path} is quantized already ({source.quantization})"
         raise ModelError(f"{made}; give the model that it was made from")
     in_blocks = method in BLOCK_METHODS
-    given = [name for name, value in {"calibration": calibration, **settings}.items() if value is not None]
-    if given and not in_blocks:
-        raise ValueError(f"method {method} takes no {', '.join(given)}")
-    if in_blocks and threshold is not None:
+    settings = {name: value for name, value in {"calibration": calibration, **settings}.items() if value is not None}
+    foreign = [name for name in settings if method == "int8" or (name in _OF_NF4) != (method == "nf4")]
+    if foreign:
+        raise ValueError(f"method {method} takes no {', '.join(foreign)}")
+    if method != "int8" and threshold is not None:
         raise ValueError(f"threshold is of method int8, not of {method}")
     if in_blocks and method != "rtn" and calibration is None:
         raise ValueError(f"method {method} needs calibration data: a text of a few hundred kilobytes or more")
     _transformers()
     from ._kinds import MODULES
     from .integrations.transformers import OctavoConfig, mark_quantized
-    from .nn import SpQRLinear
+    from .nn import NF4Linear, SpQRLinear
 
-    config = OctavoConfig("spqr" if in_blocks else method, 6.0 if threshold is None else threshold, skip)
+    of_nf4 = {} if in_blocks else settings
+    config = OctavoConfig("spqr" if in_blocks else method, 6.0 if threshold is None else threshold, skip, **of_nf4)
     report = None
     with new_directory(target) as path:
         tokenizer = load_tokenizer(source) if _has_tokenizer(source) else None
         if in_blocks:
             model = load_model(source)
-            settings |= {"calibration": calibration, "tokenizer": tokenizer}
+            settings["tokenizer"] = tokenizer
             report = quantize_model(model, method, config.skip, progress=progress, **settings)
             first = next(module for module in model.modules() if isinstance(module, SpQRLinear))
             mark_quantized(model, OctavoConfig("spqr", config.threshold, skip, **first.options._asdict()))
         elif source.kind == "gguf":
             model = load_model(source)
-            quantize_model(model, method, config.skip, config.threshold, progress=False)
+            quantize_model(model, method, config.skip, threshold, progress=False, **of_nf4)
             mark_quantized(model, config)
         else:
             model = load_model(source, quantization_config=config)
@@ -250,6 +263,9 @@ def quantize_to_directory(
         bytes_after = find_source(path).bytes
     layers = sum(isinstance(module, MODULES) for module in model.modules())
     done = {"layers": layers, "bytes_before": source.bytes, "bytes_after": bytes_after}
+    if method == "nf4":
+        weights = [module.packed_weight for module in model.modules() if isinstance(module, NF4Linear)]
+        return done | {"bits": 8 * sum(w.bytes for w in weights) / sum(w.shape.numel() for w in weights)}
     return done | ({"threshold": config.threshold} if report is None else {"report": report})
 
 

@@ -78,6 +78,14 @@ class NF4Weight:
         """As stored, everything counted."""
         return 8 * self.bytes / max(1, self.shape.numel())
 
+    @property
+    def nominal_bits(self) -> float:
+        """By the paper's formula: ``bits + 32 / blocksize``; with double quantization ``bits + 8 / blocksize + 32 /
+        (256 * blocksize)``."""
+        if self.nested_absmax is None:
+            return BITS[self.quant_type] + 32 / self.blocksize
+        return BITS[self.quant_type] + 8 / self.blocksize + 32 / (NESTED_BLOCKSIZE * self.blocksize)
+
 
 def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """Quantize a tensor to 4 bits, or 2, 3 or 8, block by block (QLoRA, arXiv 2305.14314, section 3).

@@ -43,10 +43,10 @@ class NF4Linear(FrozenBuffers):
 
     What is uint8 is a parameter that requires no gradient, flat, so that FSDP2 shards and gathers it; what is fp32 is a
     buffer, because FSDP2 would gather it in the dtype of its mixed-precision policy. (So absmax is sharded with double
-    quantization, and replicated without.) `.to(dtype)`, `.half()` and the like change only the bias. A new module is all zeros: fill it by
-    `from_linear`, `from_weight` or `load_state_dict`, which also reads the 4-bit state of bitsandbytes
-    (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4`` and so on) and takes from the state whether there is
-    double quantization; quant_type and blocksize must be the module's.
+    quantization, and replicated without.) `.to(dtype)`, `.half()` and the like change only the bias. A new module is
+    all zeros: fill it by `from_linear`, `from_weight` or `load_state_dict`, which also reads the 4-bit state of
+    bitsandbytes (``weight.absmax``, ``weight.quant_state.bitsandbytes__nf4`` and so on) and takes from the state
+    whether there is double quantization; quant_type and blocksize must be the module's.
 
     Attributes:
         in_features, out_features: k and n, any.
@@ -202,15 +202,14 @@ class NF4Linear(FrozenBuffers):
         error_msgs: list[str],
     ) -> None:
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        errors = []
+        errors, dtype = [], self.weight_dtype
         if is_linear4bit(state):
             try:
                 header, state = read_linear4bit(state)
                 mine = (self.quant_type, self.blocksize, (self.out_features, self.in_features))
                 if (found := (header.quant_type, header.blocksize, header.shape)) != mine:
                     errors = [f"(quant_type, blocksize, shape) is {found} in the checkpoint, {mine} in the module"]
-                else:
-                    self.weight_dtype = header.dtype
+                dtype = header.dtype
             except ValueError as error:
                 errors = [str(error)]
         if not errors:
@@ -220,6 +219,7 @@ class NF4Linear(FrozenBuffers):
             where = f"{type(self).__name__} {prefix[:-1]!r}" if prefix else type(self).__name__
             error_msgs.extend(f"{where}: {error}" for error in errors)
             return
+        self.weight_dtype = dtype
         if "weight" in state:  # a new weight brings its double quantization, or that it has none
             for name in TENSORS:
                 current, new = getattr(self, name), state.get(name)

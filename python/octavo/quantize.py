@@ -6,143 +6,28 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .nn import Int8Linear, check_threshold, check_weight
+from ._report import LayerReport as LayerReport
+from ._report import Report as Report
+from .nf4 import check_options
+from .nn import Int8Linear, NF4Linear, check_threshold, check_weight
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from .spqr import SpQRCodes, SpQRConfig
 
-METHODS = ("int8",)  # what needs the weights alone, one at a time
+METHODS = ("int8", "nf4")  # what needs the weights alone, one at a time
 BLOCK_METHODS = ("spqr", "gptq", "rtn")  # what runs the model, or may
+# Settings that one method has alone.
+_OWNERS = {"threshold": "int8", "keep_outliers": "int8"} | dict.fromkeys(
+    ("quant_type", "blocksize", "double_quant"), "nf4"
+)
 _MAX_K = 131071  # csrc/int8/gemm.h: beyond it a sum of int8 products can leave int32
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One quantized layer: shape is [out_features, in_features]; bytes count weight, scales, bias, kept columns.
-
-    Of methods other than int8, besides: `nominal_bits` per weight by the paper's formula and `real_bits` as stored,
-    the `outlier_share` of weights, and the relative `error` of the layer's output on the calibration inputs.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bytes_before: int
-    bytes_after: int
-    kept_columns: int = 0
-    nominal_bits: float | None = None
-    real_bits: float | None = None
-    outlier_share: float | None = None
-    error: float | None = None
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `quantize_model` did. `skipped` maps the names of Linear layers that were left alone to the reason."""
-
-    method: str
-    threshold: float
-    layers: list[LayerReport]
-    skipped: dict[str, str] = field(default_factory=dict)
-    model_bytes_before: int = 0
-    model_bytes_after: int = 0
-    settings: str = ""  # of methods other than int8
-
-    def _mean(self, name: str) -> float | None:
-        """Of one of the layers' figures, each layer counting as many times as it has weights."""
-        figures = [(getattr(layer, name), layer.shape[0] * layer.shape[1]) for layer in self.layers]
-        if any(figure is None for figure, _ in figures) or not figures:
-            return None
-        return float(sum(figure * count for figure, count in figures)) / sum(count for _, count in figures)
-
-    @property
-    def nominal_bits(self) -> float | None:
-        """Per weight of the quantized layers, by the paper's formula; None for int8."""
-        return self._mean("nominal_bits")
-
-    @property
-    def real_bits(self) -> float | None:
-        """Per weight of the quantized layers, everything that is stored for them counted; None for int8."""
-        return self._mean("real_bits")
-
-    @property
-    def outlier_share(self) -> float | None:
-        """Of the weights of the quantized layers; None for int8."""
-        return self._mean("outlier_share")
-
-    @property
-    def _title(self) -> str:
-        return f"{self.method}, {self.settings or f'threshold {self.threshold:g}'}"
-
-    @property
-    def bytes_before(self) -> int:
-        """Of the quantized layers."""
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        """Of the quantized layers."""
-        return sum(layer.bytes_after for layer in self.layers)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, totals included, as JSON can hold it."""
-        totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        if self.nominal_bits is not None:
-            totals |= {name: getattr(self, name) for name in ("nominal_bits", "real_bits", "outlier_share")}
-        return asdict(self) | totals
-
-    def __str__(self) -> str:
-        lines = [f"{self._title}: {len(self.layers)} layers quantized"]
-        for layer in self.layers:
-            kept = f", {layer.kept_columns} columns kept" if layer.kept_columns else ""
-            size = _change(layer.bytes_before, layer.bytes_after)
-            figures = "".join(f", {header} {text}" for header, text in _figures(layer) if text)
-            lines.append(f"  {layer.name} [{layer.shape[0]}, {layer.shape[1]}]: {size}{kept}{figures}")
-        lines += [f"  {name}: left alone, {reason}" for name, reason in self.skipped.items()]
-        figures = "".join(f", {header} {text}" for header, text in _figures(self) if text)
-        lines.append(f"quantized layers: {_change(self.bytes_before, self.bytes_after)}{figures}")
-        lines.append(f"whole model: {_change(self.model_bytes_before, self.model_bytes_after)}")
-        return "\n".join(lines)
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        caption = f"whole model: {_change(self.model_bytes_before, self.model_bytes_after)}"
-        for name, reason in self.skipped.items():
-            caption += f"\n{name}: left alone, {reason}"
-        table = Table("layer", title=self._title, caption=caption, show_footer=True)
-        table.columns[0].footer = f"{len(self.layers)} layers"
-        kept = sum(layer.kept_columns for layer in self.layers)
-        last = [("kept columns", str(kept))] if self.nominal_bits is None else _figures(self)
-        sizes = [("shape", ""), ("before", _size(self.bytes_before)), ("after", _size(self.bytes_after))]
-        for header, footer in (*sizes, *last):
-            table.add_column(header, footer, justify="right")
-        for layer in self.layers:
-            before, after = _size(layer.bytes_before), _size(layer.bytes_after)
-            figures = [text for _, text in _figures(layer)] or [str(layer.kept_columns)]
-            table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", before, after, *figures)
-        return table
-
-
-def _figures(what: LayerReport | Report) -> list[tuple[str, str]]:
-    """Heading and text of what int8 does not have; no text where a figure is not known."""
-    if what.nominal_bits is None:
-        return []
-    error = what.error if isinstance(what, LayerReport) else None
-    return [
-        ("bits by formula", f"{what.nominal_bits:.3f}"),
-        ("bits stored", "" if what.real_bits is None else f"{what.real_bits:.3f}"),
-        ("outliers", "" if what.outlier_share is None else f"{what.outlier_share:.2%}"),
-        ("output error", "" if error is None else f"{error:.3%}"),
-    ]
 
 
 @dataclass
@@ -171,14 +56,17 @@ def quantize_model(
     tokenizer: Any = None,
     resume: str | os.PathLike[str] | None = None,
     simulate: bool = False,
+    quant_type: str | None = None,
+    blocksize: int | None = None,
+    double_quant: bool = False,
 ) -> Report:
     """Quantize the `torch.nn.Linear` modules of `model`, in place.
 
-    Method "int8" replaces them by `octavo.nn.Int8Linear` (LLM.int8(), 2208.07339) and needs no data. "spqr" (SpQR,
-    2306.03078: 2 to 4 bits, and outliers), "gptq" (2210.17323) and "rtn" (round to nearest) make
-    `octavo.nn.SpQRLinear` modules. They go block by block, each on what the quantized blocks before make of the
-    calibration data; rtn needs none, and only reports errors with it. An error or interruption then leaves the blocks
-    before it quantized: load the model anew, and with `resume` go on.
+    Method "int8" replaces them by `octavo.nn.Int8Linear` (LLM.int8(), 2208.07339) and "nf4" by `octavo.nn.NF4Linear`
+    (QLoRA, 2305.14314: 4 bits); they need no data. "spqr" (SpQR, 2306.03078: 2 to 4 bits, and outliers), "gptq"
+    (2210.17323) and "rtn" (round to nearest) make `octavo.nn.SpQRLinear` modules. They go block by block, each on what
+    the quantized blocks before make of the calibration data; rtn needs none, and only reports errors with it. An error
+    or interruption then leaves the blocks before it quantized: load the model anew, and with `resume` go on.
 
     Only modules whose type is exactly `torch.nn.Linear` are replaced: what a subclass adds would be lost. A module
     that appears under several names is converted once and stays shared. Left alone, and named in the report: layers in
@@ -188,16 +76,17 @@ def quantize_model(
 
     Args:
         model: weights fp32, fp16 or bf16, on any device.
-        method: "int8", "spqr", "gptq" or "rtn".
+        method: "int8", "nf4", "spqr", "gptq" or "rtn".
         skip: full dotted names, or last components of names, of layers to leave alone.
         threshold: of int8: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; by default
             6.0, the paper's.
         progress: show a progress bar.
         calibration: batches: tensors, fed as ``model(batch)``, or mappings, as ``model(**batch)``. For int8, of
-            `keep_outliers`. For the others also token ids [tokens], or the path of a text, which `tokenizer` reads.
+            `keep_outliers`; none for nf4. For the others also token ids [tokens], or the path of a text, which
+            `tokenizer` reads.
         keep_outliers: run `calibration` through the model and keep the unquantized weights of every column that was an
             outlier column there, next to the int8 ones (the paper's form).
-        bits: 2, 3 or 4: by default 3 of spqr, 4 of gptq and rtn. This and all below are of methods other than int8.
+        bits: 2, 3 or 4: by default 3 of spqr, 4 of gptq and rtn. This and all until `simulate` are of these methods.
         group_size: columns that share a scale: by default 16 of spqr, 64 of gptq and rtn.
         tau: of spqr: relative threshold of outliers, 0.2 by default; the lower, the more.
         outlier_fraction: of spqr, in place of tau: the share of each layer's weights to keep as outliers.
@@ -209,6 +98,10 @@ def quantize_model(
             in it are not quantized again. With another number of threads torch's products, and so the codes of later
             layers, differ in the last places.
         simulate: keep `torch.nn.Linear` modules, with the weights that the quantized ones stand for.
+        quant_type: of nf4: "nf4" (the default) or "fp4"; "nf2", "nf3" or "nf8". See `octavo.quantize_4bit` for this
+            and both below.
+        blocksize: of nf4: weights that share a scale, a power of two from 32 to 4096; 64 by default.
+        double_quant: of nf4: quantize the scales, too: 4.127 bits a weight instead of 4.5.
 
     Returns:
         A `Report`: bytes before and after, per layer and in total.
@@ -224,41 +117,105 @@ def quantize_model(
     others: dict[str, Any] = {"bits": bits, "group_size": group_size, "tau": tau, "outlier_fraction": outlier_fraction}
     others |= {"config": config, "context": context, "tokenizer": tokenizer, "resume": resume, "simulate": simulate}
     others["samples"] = samples
-    of_int8 = {"keep_outliers": keep_outliers, "threshold": threshold is not None}
-    if method != "int8":
-        if foreign := [name for name, given in of_int8.items() if given]:
-            raise ValueError(f"{foreign[0]} is of method int8, not of {method}")
+    of_one: dict[str, Any] = {"threshold": threshold, "keep_outliers": keep_outliers, "quant_type": quant_type}
+    of_one |= {"blocksize": blocksize, "double_quant": double_quant}
+    if foreign := [name for name in _given(of_one) if _OWNERS[name] != method]:
+        raise ValueError(f"{foreign[0]} is of method {_OWNERS[foreign[0]]}, not of {method}")
+    if method in BLOCK_METHODS:
         return _quantize_blocks(model, method, skip, progress, calibration, 128 if samples is None else samples, others)
-    if foreign := [name for name, value in others.items() if value is not None and value is not False]:
-        raise ValueError(f"method int8 takes no {', '.join(foreign)}")
-    threshold = check_threshold(6.0 if threshold is None else threshold)
+    if method == "nf4":
+        others["calibration"] = calibration
+    if foreign := _given(others):
+        raise ValueError(f"method {method} takes no {', '.join(foreign)}")
+    if method == "nf4":
+        return _quantize_nf4(model, skip, progress, quant_type, blocksize, double_quant)
+    return _quantize_int8(
+        model, skip, progress, check_threshold(6.0 if threshold is None else threshold), calibration, keep_outliers
+    )
+
+
+def _given(settings: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in settings.items() if value is not None and value is not False]
+
+
+def _quantize_int8(
+    model: nn.Module,
+    skip: Sequence[str],
+    progress: bool,
+    threshold: float,
+    calibration: str | os.PathLike[str] | Iterable[Any] | None,
+    keep_outliers: bool,
+) -> Report:
     if keep_outliers != (calibration is not None):
         given = "keep_outliers=True needs calibration data" if keep_outliers else "calibration needs keep_outliers=True"
         raise ValueError(f"{given}: the outlier columns to keep are found by running it through the model")
     if keep_outliers and threshold == 0.0:
         raise ValueError("keep_outliers=True needs a positive threshold: with threshold 0 there are no outlier columns")
-    targets, skipped = _find_targets(model, skip, _MAX_K)
-    for target in targets:
-        check_weight(target.linear, target.names[0])
+    targets, skipped = _checked_targets(model, skip, _MAX_K)
     bytes_before = _bytes(model)
     if calibration is not None:
         if isinstance(calibration, str | os.PathLike):
             raise ValueError("calibration of method int8 must be batches, not the path of a text")
         _find_columns_to_keep(model, targets, calibration, threshold)
 
+    def convert(target: _Target) -> tuple[nn.Module, dict[str, Any]]:
+        new = Int8Linear.from_linear(target.linear, threshold, target.keep)
+        return new, {"kept_columns": new.kept_columns}
+
+    layers = _replace_each(model, targets, progress, convert)
+    return Report("int8", threshold, layers, skipped, bytes_before, _bytes(model))
+
+
+def _quantize_nf4(
+    model: nn.Module,
+    skip: Sequence[str],
+    progress: bool,
+    quant_type: str | None,
+    blocksize: int | None,
+    double_quant: bool,
+) -> Report:
+    quant_type, blocksize = "nf4" if quant_type is None else quant_type, 64 if blocksize is None else blocksize
+    check_options(quant_type, blocksize)
+    targets, skipped = _checked_targets(model, skip, None)
+    bytes_before = _bytes(model)
+
+    def convert(target: _Target) -> tuple[nn.Module, dict[str, Any]]:
+        new = NF4Linear.from_linear(target.linear, quant_type, blocksize, double_quant)
+        weight = new.packed_weight
+        return new, {"nominal_bits": weight.nominal_bits, "real_bits": weight.bits_per_weight}
+
+    layers = _replace_each(model, targets, progress, convert)
+    settings = f"{quant_type} codes in blocks of {blocksize}{', double quantization' if double_quant else ''}"
+    return Report("nf4", 0.0, layers, skipped, bytes_before, _bytes(model), settings=settings)
+
+
+def _checked_targets(model: nn.Module, skip: Sequence[str], widest: int | None) -> tuple[list[_Target], dict[str, str]]:
+    targets, skipped = _find_targets(model, skip, widest)
+    for target in targets:
+        check_weight(target.linear, target.names[0])
+    return targets, skipped
+
+
+def _replace_each(
+    model: nn.Module,
+    targets: list[_Target],
+    progress: bool,
+    convert: Callable[[_Target], tuple[nn.Module, dict[str, Any]]],
+) -> list[LayerReport]:
+    """Put what `convert` makes in the place of each target, freeing it; it also gives more for the layer's report."""
     layers = []
     with _progress_bar(len(targets), progress) as done:
         targets.reverse()
         while targets:
             target = targets.pop()  # the last reference to the layer, but for the model's
             name, linear = target.names[0], target.linear
-            new = Int8Linear.from_linear(linear, threshold, target.keep)
+            new, more = convert(target)
             for alias in target.names:
                 model.set_submodule(alias, new)
-            shape = (new.out_features, new.in_features)
-            layers.append(LayerReport(name, shape, _bytes(linear), _bytes(new), new.kept_columns))
+            shape = (linear.out_features, linear.in_features)
+            layers.append(LayerReport(name, shape, _bytes(linear), _bytes(new), **more))
             done(name)
-    return Report(method, threshold, layers, skipped, bytes_before, _bytes(model))
+    return layers
 
 
 def _quantize_blocks(
@@ -283,9 +240,7 @@ def _quantize_blocks(
         raise ValueError(f"method {method} needs calibration data")
     if calibration is None and (idle := [name for name in ("samples", "context") if given[name] is not None]):
         raise ValueError(f"{', '.join(idle)} without calibration data")
-    targets, skipped = _find_targets(model, skip, None)
-    for target in targets:
-        check_weight(target.linear, target.names[0])
+    targets, skipped = _checked_targets(model, skip, None)
     if unfit := [t for t in targets if t.linear.in_features % config.group_size]:
         first = ", ".join(f"{target.names[0]} ({target.linear.in_features})" for target in unfit[:4])
         more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
@@ -369,7 +324,8 @@ def _find_targets(model: nn.Module, skip: Sequence[str], widest: int | None) -> 
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if type(model) is nn.Linear:
         raise ValueError(
-            "the model is itself a Linear; use octavo.nn.Int8Linear.from_linear, or octavo.spqr.quantize_weight"
+            "the model is itself a Linear; use from_linear of octavo.nn.Int8Linear or NF4Linear, or "
+            "octavo.spqr.quantize_weight"
         )
     found: dict[nn.Module, list[str]] = {}
     owners: dict[Tensor, set[nn.Module]] = {}
@@ -480,14 +436,3 @@ def _bytes(module: nn.Module) -> int:
     """Of parameters and buffers, each counted once however many modules share it."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _size(count: int) -> str:
-    for unit, bytes_in_it in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= bytes_in_it:
-            return f"{count / bytes_in_it:.2f} {unit}"
-    return f"{count} B"
-
-
-def _change(before: int, after: int) -> str:
-    return f"{_size(before)} -> {_size(after)} ({after / before:.1%})" if before else _size(after)

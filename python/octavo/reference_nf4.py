@@ -108,7 +108,7 @@ def nf4_dequantize(
     if nested_absmax is not None and offset is not None:
         absmax = dynamic_map(True)[absmax.long()] * nested_absmax.repeat_interleave(256)[: len(absmax)] + offset
     values = _code_book(quant_type)[_unpack(packed, count, quant_type)]
-    return (values * absmax.repeat_interleave(blocksize)[:count]).view(*size).to(dtype)
+    return (values * absmax.repeat_interleave(blocksize)[:count]).reshape(tuple(size)).to(dtype)
 
 
 def nf4_linear(

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from .._version import __version__
+from ..nf4 import BLOCKSIZES
 from ..nn import check_threshold
+from ..ops_nf4 import BITS
 from ..quantize import BLOCK_METHODS, METHODS
 
 app = typer.Typer(
@@ -69,6 +71,18 @@ def _known_method(name: str) -> str:
     if name not in (known := METHODS + BLOCK_METHODS):
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
     return name
+
+
+def _known_quant_type(name: str | None) -> str | None:
+    if name is not None and name not in BITS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(BITS)}")
+    return name
+
+
+def _known_blocksize(value: int | None) -> int | None:
+    if value is not None and value not in BLOCKSIZES:
+        raise typer.BadParameter(f"{value} is not one of {', '.join(map(str, BLOCKSIZES))}")
+    return value
 
 
 def _valid_threshold(value: float | None) -> float | None:
@@ -148,10 +162,24 @@ def quantize(
         str,
         typer.Option(
             callback=_known_method,
-            help="int8: LLM.int8(), arXiv 2208.07339. spqr: SpQR, 2306.03078, 2 to 4 bits. gptq, rtn: its baselines.",
+            help="int8: LLM.int8(), arXiv 2208.07339. nf4: QLoRA's 4 bits, 2305.14314. spqr: SpQR, 2306.03078, 2 to 4 "
+            "bits. gptq, rtn: its baselines.",
         ),
     ] = "int8",
     threshold: Threshold = None,
+    quant_type: Annotated[
+        str | None,
+        typer.Option(callback=_known_quant_type, show_default="nf4", help="nf4: nf4, fp4, nf2, nf3 or nf8."),
+    ] = None,
+    blocksize: Annotated[
+        int | None,
+        typer.Option(
+            callback=_known_blocksize, show_default="64", help="nf4: weights that share a scale, from 32 to 4096."
+        ),
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="nf4: quantize the scales, too: 4.13 bits a weight instead of 4.5.")
+    ] = False,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="FILE", show_default=False, help="spqr, gptq: a text to calibrate on, UTF-8."),
@@ -186,12 +214,13 @@ def quantize(
 ) -> None:
     """Quantize the model SRC into the directory DST, which transformers loads.
 
-    With int8, SRC is read tensor by tensor: memory holds the quantized model and one tensor more. spqr and gptq hold
-    the model, and go through it block by block with the calibration text. DST is written beside itself and renamed at
-    the end, so that nothing half-written is ever there.
+    With int8 and nf4, SRC is read tensor by tensor: memory holds the quantized model and one tensor more. spqr and gptq
+    hold the model, and go through it block by block with the calibration text. DST is written beside itself and renamed
+    at the end, so that nothing half-written is ever there.
 
     ```sh
     octavo quantize ./Llama-3.1-8B ./Llama-3.1-8B-int8
+    octavo quantize ./Llama-3.1-8B ./Llama-3.1-8B-nf4 --method nf4 --double-quant
     octavo quantize ./Llama-3.1-8B ./Llama-3.1-8B-spqr3 --method spqr --calibration novel.txt --resume ./layers
     octavo quantize model.gguf ./model-int8 --threshold 4 --skip lm_head --skip down_proj
     ```
@@ -214,15 +243,24 @@ def quantize(
         given = [option[name] for name, value in settings.items() if value is not None]
         if given and method not in BLOCK_METHODS:
             raise ValueError(f"{', '.join(given)}: for methods {', '.join(BLOCK_METHODS)}, not {method}")
+        if threshold is not None and method != "int8":
+            raise ValueError(f"--threshold: for method int8, not {method}")
+        of_nf4 = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant or None}
+        given = ["--" + name.replace("_", "-") for name, value in of_nf4.items() if value is not None]
+        if given and method != "nf4":
+            raise ValueError(f"{', '.join(given)}: for method nf4, not {method}")
         if method in BLOCK_METHODS:
-            if threshold is not None:
-                raise ValueError(f"--threshold: for method int8, not {method}")
             settings["progress"] = True
+        settings |= of_nf4
         done = models.quantize_to_directory(found, target, method, threshold, skip, calibration=calibration, **settings)
     before, after = done["bytes_before"] / 1e6, done["bytes_after"] / 1e6
-    about = f"threshold {done['threshold']:g}" if method not in BLOCK_METHODS else ""
     if report := done.get("report"):
         about = f"{report.nominal_bits:.2f} bits by the paper's count, {report.real_bits:.2f} stored"
+    elif method == "nf4":
+        nested = ", double quantization" if double_quant else ""
+        about = f"{quant_type or 'nf4'} codes in blocks of {blocksize or 64}{nested}, {done['bits']:.2f} bits stored"
+    else:
+        about = f"threshold {done['threshold']:g}"
     _console().print(
         f"{target}: {done['layers']} layers in {method}, {about}\n"
         f"{before:.1f} MB -> {after:.1f} MB ({after / before:.1%}), "

@@ -1,14 +1,13 @@
 """octavo in transformers: ``AutoModelForCausalLM.from_pretrained(path, quantization_config=OctavoConfig())``.
 
 Importing this module registers the quantizer, so that a directory saved with it loads like any other checkpoint.
-Weights are quantized to int8 one tensor at a time while the checkpoint is read: at most one of them is in memory
-unquantized. SpQR needs calibration data, which loading has not: `octavo.quantize_model` makes such a model,
+Weights are quantized, to int8 or 4 bits, one tensor at a time while the checkpoint is read: at most one of them is in
+memory unquantized. SpQR needs calibration data, which loading has not: `octavo.quantize_model` makes such a model,
 `mark_quantized` lets it be saved by its ``save_pretrained``, and from there it loads like any other.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +19,17 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .._kinds import KINDS, MODULES, configuration, method_of
-from ..nn import Int8Linear, SpQRLinear, check_state, check_threshold
+from ..nf4 import NESTED_BLOCKSIZE, check_options, quantize_4bit
+from ..nn import Int8Linear, NF4Linear, SpQRLinear, check_state, check_threshold
+from ..nn_nf4 import TENSORS as NF4_TENSORS
+from ..nn_nf4 import check_nf4_state
 from ..nn_spqr import SpQROptions, check_spqr_state
 from ..ops import quantize_rowwise
 from ..spqr.weight import TENSORS
 
 FORMAT_VERSION = 1
 _MAX_K = 131071  # csrc/int8/gemm.h: beyond it a sum of int8 products can leave int32
-_DTYPES = {
+SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "I32": torch.int32,
@@ -43,17 +45,20 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to quantize a model while transformers loads it; saved in its ``config.json``.
 
     Args:
-        method: "int8": LLM.int8() (arXiv 2208.07339). "spqr": SpQR (arXiv 2306.03078), for checkpoints that hold such
-            layers already; a layer whose weight is stored in int8 or unquantized is loaded as that.
+        method: "int8": LLM.int8() (arXiv 2208.07339). "nf4": 4 bits, as QLoRA (arXiv 2305.14314) has them. "spqr": SpQR
+            (arXiv 2306.03078), for checkpoints that hold such layers already. In a checkpoint of nf4 or spqr a layer
+            whose weight is stored in int8 or unquantized is loaded as that.
         threshold: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; 6.0 in the paper.
         skip: full dotted names, or last components of names, of Linear layers to leave alone.
         format_version: of the saved tensors; written and checked by octavo.
         bits, group_size, stats_group_size, scale_bits, zero_bits: of every SpQR layer, see `octavo.spqr.SpQRWeight`;
             3, 16, 16, 3 and 3 where they are not given. Only for "spqr".
+        quant_type, blocksize, double_quant: see `octavo.quantize_4bit`; "nf4", 64 and False where they are not given.
+            Only for "nf4".
 
     Raises:
         ValueError: an unknown method or format version, a negative, NaN or infinite threshold, an unknown argument,
-            numbers for SpQR that octavo does not know, or with another method.
+            settings that octavo does not know, or of another method.
     """
 
     def __init__(
@@ -67,6 +72,9 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         stats_group_size: int | None = None,
         scale_bits: int | None = None,
         zero_bits: int | None = None,
+        quant_type: str | None = None,
+        blocksize: int | None = None,
+        double_quant: bool | None = None,
         **unknown: Any,
     ) -> None:
         unknown.pop("quant_method", None)
@@ -89,11 +97,26 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.__dict__.update(options._asdict())
         elif given:
             raise ValueError(f"{', '.join(given)}: for method 'spqr', not {method!r}")
+        of_nf4: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+        given_nf4 = {name: value for name, value in of_nf4.items() if value is not None}
+        if method == "nf4":
+            of_nf4.update({"quant_type": "nf4", "blocksize": 64, "double_quant": False} | given_nf4)
+            check_options(of_nf4["quant_type"], of_nf4["blocksize"])
+            if not isinstance(of_nf4["double_quant"], bool):
+                raise ValueError(f"double_quant must be true or false, got {double_quant!r}")
+            self.__dict__.update(of_nf4)
+        elif given_nf4:
+            raise ValueError(f"{', '.join(given_nf4)}: for method 'nf4', not {method!r}")
 
     @property
     def options(self) -> SpQROptions:
         """How the SpQR layers of the checkpoint are to be read."""
         return SpQROptions(*(getattr(self, name) for name in SpQROptions._fields))
+
+    @property
+    def nf4_options(self) -> tuple[str, int, bool]:
+        """quant_type, blocksize and double_quant of the layers in 4 bits."""
+        return self.quant_type, self.blocksize, self.double_quant
 
 
 class _QuantizeInt8(ConversionOps):  # type: ignore[misc]
@@ -110,10 +133,34 @@ class _QuantizeInt8(ConversionOps):  # type: ignore[misc]
         return out
 
 
+class _QuantizeNF4(ConversionOps):  # type: ignore[misc]
+    """One Linear weight, as read from a checkpoint, to the tensors of an `NF4Linear`.
+
+    A NaN or Inf makes its block's scale NaN; the check after loading names the layer.
+    """
+
+    def __init__(self, quant_type: str, blocksize: int, double_quant: bool) -> None:
+        self.options = (quant_type, blocksize, double_quant)
+
+    def convert(self, input_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            quantized = quantize_4bit(weight, *self.options)
+            scale, span = quantized.absmax, quantized.blocksize
+            if quantized.nested_absmax is not None:
+                scale, span = quantized.nested_absmax, span * NESTED_BLOCKSIZE
+            if len(bad := (~weight.isfinite()).flatten().nonzero().flatten()):
+                scale[bad // span] = torch.nan
+            tensors = zip(NF4_TENSORS, quantized.tensors(), strict=True)
+            out |= {name.removesuffix("weight") + leaf: t for leaf, t in tensors if t is not None}
+        return out
+
+
 @register_quantizer("octavo")
 class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the Linear layers of a model under construction by `octavo.nn.Int8Linear`, or `SpQRLinear`, and fills
-    them."""
+    """Replaces the Linear layers of a model under construction by `octavo.nn.Int8Linear`, `NF4Linear` or `SpQRLinear`,
+    and fills them."""
 
     quantization_config: OctavoConfig
     requires_calibration = False  # true of SpQR: see below, where more can be said
@@ -129,10 +176,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        layers = _layers_to_quantize(model, config.skip)
+        layers = _layers_to_quantize(model, config.skip, _MAX_K if config.method == "int8" else None)
         if not layers:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize (skip is {config.skip})")
-        headers = _read_headers(checkpoint_files or ()) if self.pre_quantized else {}
+        headers = _headers_of(config, checkpoint_files or ()) if self.pre_quantized else {}
         leaves = ("codes", "weight") if config.method == "spqr" else ("weight",)
         for name, linear in layers.items():
             stored = _stored_name(name, model.base_model_prefix, leaves, headers) if headers else None
@@ -142,15 +189,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
-        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(owner), Int8Linear)
+        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(owner), MODULES)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeInt8()
+        config = self.quantization_config
+        return _QuantizeNF4(*config.nf4_options) if config.method == "nf4" else _QuantizeInt8()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in _quantized_layers(model):
-            if isinstance(layer, Int8Linear) and layer.weight.is_meta and not self.pre_quantized:
-                _offload_codes(layer, name)
+            if not self.pre_quantized and layer.weight.is_meta:
+                _offload_codes(layer, name, self.get_quantize_ops())
             config = configuration(layer)
             errors = KINDS[str(method_of(layer))].check(layer.state_dict(), config)
             if errors:
@@ -182,17 +230,26 @@ def mark_quantized(model: Any, config: OctavoConfig) -> None:
     """Let a transformers model that `octavo.quantize_model` changed be saved by its own ``save_pretrained``.
 
     Args:
-        model: a ``PreTrainedModel`` holding `octavo.nn.Int8Linear` or `SpQRLinear`.
-        config: with the `skip` that makes the same layers quantized on loading; for `SpQRLinear`, which may have
-            `Int8Linear` and unquantized layers beside it, ``OctavoConfig(method="spqr", **layer.options._asdict())``.
+        model: a ``PreTrainedModel`` holding `octavo.nn.Int8Linear`, `NF4Linear` or `SpQRLinear`.
+        config: with the `skip` that makes the same layers quantized on loading; for `NF4Linear` ``OctavoConfig("nf4",
+            quant_type=..., blocksize=...)``, for `SpQRLinear` ``OctavoConfig("spqr", **layer.options._asdict())``. With
+            these two, there may be `Int8Linear` and unquantized layers beside.
 
     Raises:
-        ValueError: an `SpQRLinear` whose options are not those of the configuration.
+        ValueError: a layer whose options are not those of the configuration.
     """
     for name, layer in _quantized_layers(model):
-        if isinstance(layer, SpQRLinear) and (config.method != "spqr" or layer.options != config.options):
-            options = ", ".join(f"{key}={value}" for key, value in layer.options._asdict().items())
-            raise ValueError(f"{name} needs OctavoConfig(method='spqr', {options}), got {config.to_dict()}")
+        fits, wanted = True, {}
+        if isinstance(layer, SpQRLinear):
+            fits, wanted = config.method == "spqr" and layer.options == config.options, layer.options._asdict()
+        elif isinstance(layer, NF4Linear):
+            wanted = {"quant_type": layer.quant_type, "blocksize": layer.blocksize}
+            fits = config.method == "nf4" and config.nf4_options[:2] == (layer.quant_type, layer.blocksize)
+        if not fits:
+            options = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
+            raise ValueError(
+                f"{name} needs OctavoConfig(method={method_of(layer)!r}, {options}), got {config.to_dict()}"
+            )
     _unshare(model)
     quantizer = OctavoQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
@@ -205,11 +262,12 @@ def _unshare(model: nn.Module) -> None:
     """Give layers that hold one tensor together (a permutation, say) one each: transformers does not save it else."""
     seen: set[tuple[torch.device, int]] = set()
     for _, layer in _quantized_layers(model):
-        for name, buffer in layer._buffers.items():
-            if buffer is not None and buffer.numel() and not buffer.is_meta:
-                place = (buffer.device, buffer.untyped_storage().data_ptr())
+        frozen = {name: p for name, p in layer._parameters.items() if p is not None and not p.is_floating_point()}
+        for name, tensor in (*layer._buffers.items(), *frozen.items()):
+            if tensor is not None and tensor.numel() and not tensor.is_meta:
+                place = (tensor.device, tensor.untyped_storage().data_ptr())
                 if place in seen:
-                    layer._buffers[name] = buffer.clone()
+                    setattr(layer, name, nn.Parameter(tensor.clone(), False) if name in frozen else tensor.clone())
                 seen.add(place)
 
 
@@ -217,7 +275,7 @@ def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MODULES)]
 
 
-def _layers_to_quantize(model: Any, skip: Iterable[str]) -> dict[str, nn.Linear]:
+def _layers_to_quantize(model: Any, skip: Iterable[str], widest: int | None) -> dict[str, nn.Linear]:
     """The same choice as `octavo.quantize_model`'s, on a model whose weights are not tied yet."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     left_alone = {key.removesuffix(".weight") for key in (*tied.keys(), *tied.values())}
@@ -228,11 +286,16 @@ def _layers_to_quantize(model: Any, skip: Iterable[str]) -> dict[str, nn.Linear]
         if type(module) is nn.Linear
         and name not in left_alone
         and name.rpartition(".")[2] not in left_alone
-        and module.in_features <= _MAX_K
+        and (widest is None or module.in_features <= widest)
     }
 
 
 # ---- what a saved checkpoint holds, before any of it is loaded ------------------------------------------------------
+
+
+def _headers_of(config: OctavoConfig, files: Sequence[str]) -> _Headers:
+    headers: _Headers | None = getattr(config, "headers", None)  # of tensors in memory: see _bitsandbytes_models
+    return _read_headers(files) if headers is None else headers
 
 
 def _read_headers(files: Sequence[str]) -> _Headers:
@@ -258,26 +321,60 @@ def _stored_name(name: str, prefix: str, leaves: Sequence[str], headers: _Header
 
 def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> nn.Module | None:
     """What takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it stays."""
+    if config.method == "spqr" and stored is None:
+        raise ValueError("an SpQR checkpoint is loaded from safetensors files; there are none")
+    method = config.method if stored is None else _stored_method(stored, config, headers)
+    if method == "spqr":
+        return _new_spqr_layer(linear, str(stored), config, headers)
+    if method == "nf4":
+        return _new_nf4_layer(linear, stored, config, headers)
+    if method is None:
+        return None
     n, k, dtype = linear.out_features, linear.in_features, linear.weight.dtype
-    has_bias = linear.bias is not None
-    if config.method == "spqr":
-        if stored is None:
-            raise ValueError("an SpQR checkpoint is loaded from safetensors files; there are none")
-        if f"{stored}.codes" in headers:
-            spqr = SpQRLinear(k, n, has_bias, *config.options, device="meta", dtype=dtype)
-            state = _stored_state(spqr, stored, (*TENSORS, "bias"), {"codes"}, headers)
-            _raise_first(stored, check_spqr_state(state, k, n, config.options))
-            spqr._buffers.update({name: state.get(name) for name in TENSORS})
-            return spqr
-        if headers[f"{stored}.weight"][0] != "I8":
-            return None
-    int8 = Int8Linear(k, n, has_bias, config.threshold, device="meta", dtype=dtype)
+    int8 = Int8Linear(k, n, linear.bias is not None, config.threshold, device="meta", dtype=dtype)
     if stored is not None:
         names = ("weight", "weight_scale", "bias", "outlier_slot", "outlier_weight")
         state = _stored_state(int8, stored, names, {"weight", "weight_scale"}, headers)
         _raise_first(stored, check_state(state, k, n))
         int8.outlier_slot, int8.outlier_weight = state.get("outlier_slot"), state.get("outlier_weight")
     return int8
+
+
+def _stored_method(stored: str, config: OctavoConfig, headers: _Headers) -> str | None:
+    """How the checkpoint has this layer: None for unquantized. In an int8 one that octavo wrote, all are in int8."""
+    if config.method == "int8" and not hasattr(config, "headers"):
+        return "int8"
+    if f"{stored}.codes" in headers:
+        return "spqr"
+    dtype = headers[f"{stored}.weight"][0]
+    if config.method == "nf4" and (dtype == "U8" or f"{stored}.absmax" in headers):
+        return "nf4"
+    return "int8" if dtype == "I8" else None
+
+
+def _new_spqr_layer(linear: nn.Linear, stored: str, config: OctavoConfig, headers: _Headers) -> SpQRLinear:
+    n, k = linear.out_features, linear.in_features
+    dtype, has_bias = linear.weight.dtype, linear.bias is not None
+    spqr = SpQRLinear(k, n, has_bias, *config.options, device="meta", dtype=dtype)
+    state = _stored_state(spqr, stored, (*TENSORS, "bias"), {"codes"}, headers)
+    _raise_first(stored, check_spqr_state(state, k, n, config.options))
+    spqr._buffers.update({name: state.get(name) for name in TENSORS})
+    return spqr
+
+
+def _new_nf4_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> NF4Linear:
+    """With what double quantization the checkpoint has, if it has the layer."""
+    n, k = linear.out_features, linear.in_features
+    quant_type, blocksize, double_quant = config.nf4_options
+    if stored is not None:
+        double_quant = f"{stored}.nested_absmax" in headers or f"{stored}.offset" in headers
+    options = (quant_type, blocksize, double_quant)
+    nf4 = NF4Linear(k, n, linear.bias is not None, *options, device="meta", dtype=linear.weight.dtype)
+    if stored is not None:
+        wanted = {"weight", "absmax"} | ({"nested_absmax", "offset"} if double_quant else set())
+        state = _stored_state(nf4, stored, (*NF4_TENSORS, "bias"), wanted, headers)
+        _raise_first(stored, check_nf4_state(state, k, n, quant_type, blocksize))
+    return nf4
 
 
 def _stored_state(
@@ -288,7 +385,7 @@ def _stored_state(
     for name in names:
         dtype, shape = headers.get(f"{stored}.{name}", ("", []))
         if dtype:
-            state[name] = torch.empty(shape, dtype=_DTYPES.get(dtype, torch.float64), device="meta")
+            state[name] = torch.empty(shape, dtype=SAFETENSORS_DTYPES.get(dtype, torch.float64), device="meta")
     wanted = wanted | ({"bias"} if layer.bias is not None else set())
     _raise_first(stored, [f"the checkpoint has no {stored}.{name}" for name in sorted(wanted - state.keys())])
     return state
@@ -299,7 +396,7 @@ def _raise_first(stored: str, errors: list[str]) -> None:
         raise ValueError(f"{stored}: {errors[0]}")
 
 
-def _offload_codes(layer: Any, name: str) -> None:
+def _offload_codes(layer: Any, name: str, quantize: ConversionOps) -> None:
     """Put the codes of a layer on disk where transformers left the unquantized weight.
 
     A weight that is offloaded to disk is read from the checkpoint's own file at every call, whatever was made of it
@@ -308,15 +405,14 @@ def _offload_codes(layer: Any, name: str) -> None:
     from transformers.integrations.accelerate import offload_weight
 
     hooks = getattr(layer._hf_hook, "hooks", [layer._hf_hook])
-    index = next(hook.weights_map.dataset.index for hook in hooks if getattr(hook, "weights_map", None) is not None)
-    entry = index[f"{name}.weight"]
+    files = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    entry = files.index[f"{name}.weight"]
     with safe_open(entry["safetensors_file"], framework="pt") as file:
         weight = file.get_tensor(entry["weight_name"])
-    if weight.dtype is torch.int8:
+    if not weight.is_floating_point():
         return
-    folder = os.path.dirname(index[f"{name}.weight_scale"]["safetensors_file"])
-    codes, scale = quantize_rowwise(weight)
-    if bad := int(scale.isnan().sum()):
-        raise ValueError(f"{name}: {bad} of {len(scale)} rows of the checkpoint's weight hold NaN or Inf")
-    offload_weight(codes, f"{name}.weight", folder, index)
-    offload_weight(scale, f"{name}.weight_scale", folder, index)
+    if bad := weight.numel() - int(weight.isfinite().sum()):
+        raise ValueError(f"{name}: {bad} of {weight.numel()} of the checkpoint's weights are NaN or Inf")
+    for key, tensor in quantize.convert({f"{name}.weight": weight}).items():
+        if getattr(layer, key.rpartition(".")[2]).is_meta:  # the others stay in memory
+            offload_weight(tensor, key, files.save_folder, files.index)

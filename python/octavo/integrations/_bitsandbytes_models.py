@@ -1,0 +1,67 @@
+"""A directory that transformers wrote with bitsandbytes, as a model with octavo's layers: see `load_bitsandbytes`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..nn import NF4Linear
+from .bitsandbytes import Checkpoint
+from .transformers import SAFETENSORS_DTYPES, OctavoConfig, mark_quantized
+
+
+class _InMemory(OctavoConfig):
+    """Tells the quantizer what the checkpoint has, where there is no file in octavo's format to look into."""
+
+    headers: dict[str, tuple[str, list[int]]]
+
+    def get(self, name: str, default: Any = None) -> Any:  # transformers takes configurations for dictionaries, too
+        return getattr(self, name, default)
+
+
+def build(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """The model of ``config.json`` with these tensors, ready to be saved in octavo's format."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path} has no config.json of transformers: pass model=, the unquantized model")
+    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    architecture = (described.get("architectures") or [None])[0]
+    cls: Any = getattr(transformers, str(architecture), None)
+    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if not known:
+        raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {architecture!r}")
+    config = transformers.AutoConfig.from_pretrained(path)
+    options = _options(path, checkpoint, described.get("quantization_config") or {})
+    config.quantization_config = _InMemory(skip=(), **options)
+    names = {torch_dtype: name for name, torch_dtype in SAFETENSORS_DTYPES.items()}
+    tensors = checkpoint.tensors
+    config.quantization_config.headers = {
+        name: (names.get(tensor.dtype, str(tensor.dtype)), list(tensor.shape)) for name, tensor in tensors.items()
+    }
+    model = cls.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype or "auto").eval()
+    if (path / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    model.name_or_path = model.config.name_or_path = str(path)
+    for name, layer in model.named_modules():
+        if isinstance(layer, NF4Linear) and name in checkpoint.headers:
+            layer.weight_dtype = checkpoint.headers[name].dtype
+    left = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    mark_quantized(model, OctavoConfig(skip=left, **options))
+    return model
+
+
+def _options(path: Path, checkpoint: Checkpoint, described: dict[str, Any]) -> dict[str, Any]:
+    threshold = {"threshold": float(described.get("llm_int8_threshold", 6.0))}
+    if not checkpoint.headers:
+        return {"method": "int8", **threshold}
+    found = {(header.quant_type, header.blocksize) for header in checkpoint.headers.values()}
+    if len(found) > 1:
+        raise ValueError(f"{path} has layers of several kinds, (quant_type, blocksize): {sorted(found)}")
+    quant_type, blocksize = found.pop()
+    nested = any(header.nested_offset is not None for header in checkpoint.headers.values())
+    options = {"method": "nf4", "quant_type": quant_type, "blocksize": blocksize, "double_quant": nested}
+    return options | threshold
