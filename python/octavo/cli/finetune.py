@@ -1,0 +1,237 @@
+"""`octavo finetune`: QLoRA on a model and a text."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .app import _SOURCE_HELP, Threads, _console, _one_line_errors, app
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ..finetune import Result, Watcher
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=_SOURCE_HELP)],
+    text: Annotated[
+        Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8; its end is held out.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where everything goes; it must not exist, but for --resume.")
+    ] = Path("octavo-finetune"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in DIR, if there is one: with the same options.")
+    ] = False,
+    method: Annotated[
+        str, typer.Option(help="The base in nf4 or fp4 (4 bits), int8, or 16bit: LoRA without quantization.")
+    ] = "nf4",
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant",
+            show_default="on",
+            help="nf4, fp4: the scales in 8 bits, too: 4.127 bits a weight, not 4.5.",
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    alpha: Annotated[float, typer.Option(help="What adapters add is scaled by alpha / rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option(help="Of the adapters' inputs, in training.")] = 0.05,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="paged_adamw8bit, adamw8bit, paged_lion8bit, lion8bit; with fp32 states paged_adamw, adamw (torch's)."
+        ),
+    ] = "paged_adamw8bit",
+    page_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default="memory", help="Paged, on the CPU: states in a file in DIR."),
+    ] = None,
+    device_budget: Annotated[
+        int | None,
+        typer.Option(metavar="BYTES", show_default="128 MiB", help="Paged: states that stay beside the adapters."),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate, constant after the warm-up.")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="The share of the steps in which it grows from 0.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are scaled down to it.")] = 0.3,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens per window; windows do not overlap.")] = 512,
+    batch: Annotated[int, typer.Option(metavar="N", help="Windows at once.")] = 4,
+    accumulate: Annotated[int, typer.Option(metavar="N", help="Batches per step. The paper's steps see 16.")] = 1,
+    epochs: Annotated[float, typer.Option(help="How often to go through the text.")] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", show_default=False, help="How many steps, in place of --epochs.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32: products, and what is not quantized.")] = "bf16",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Keep only the inputs of blocks: a third slower, far less memory.")
+    ] = True,
+    held_out: Annotated[float, typer.Option(help="The share of the text to judge by.")] = 0.1,
+    eval_every: Annotated[
+        int | None, typer.Option(metavar="N", show_default="a quarter of all", help="Steps between perplexities.")
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(metavar="N", help="Windows held out to judge by, at most.")] = 64,
+    save_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; two are kept.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the adapters, the order of windows and dropout.")] = 0,
+    device: Annotated[str | None, typer.Option(show_default="cuda, or else cpu", help="cpu or cuda.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Fine-tune MODEL on a text by QLoRA (arXiv 2305.14314): the base in 4 bits, LoRA adapters on all linear layers.
+
+    DIR gets `adapter` (PEFT's format), `losses.jsonl`, `losses.png` and `finetune.json`. On SIGTERM or Ctrl-C the step
+    is finished and a checkpoint written (exit code 143 or 130; a second signal ends it at once); the same command with
+    --resume goes on, and losses and adapter are those of a run that was never interrupted.
+
+    ```sh
+    octavo finetune smollm2 --text novel.txt --out emma --context 256 --steps 100 --lr 5e-4
+    octavo finetune smollm2 --text novel.txt --out emma --context 256 --steps 100 --lr 5e-4 --resume
+    octavo finetune ./Llama-3.1-8B --text corpus.txt --rank 64 --accumulate 4 --optimizer paged_adamw
+    octavo generate smollm2 --method nf4 --adapter emma/adapter --prompt "Emma was"
+    ```
+    """
+    from ..finetune import Settings
+    from ..finetune import finetune as run
+
+    with _one_line_errors():
+        settings = Settings(
+            method=method,
+            double_quant=double_quant,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            optimizer=optimizer,
+            page_dir=None if page_dir is None else str(page_dir),
+            device_budget=device_budget,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            batch=batch,
+            accumulate=accumulate,
+            context=context,
+            epochs=epochs,
+            steps=steps,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            held_out=held_out,
+            eval_every=eval_every,
+            eval_windows=eval_windows,
+            save_every=save_every,
+            seed=seed,
+            device=device,
+        )
+        signals = _Signals()
+        with signals.installed(), _progress(_console(stderr=True), signals) as watcher:
+            result = run(model, text, out, settings, resume=resume, watcher=watcher, stop=signals.received)
+    _print(_console(), result)
+    if not result.finished:
+        assert signals.number is not None
+        _console(stderr=True).print(
+            f"stopped by {signal.Signals(signals.number).name} after step {result.steps} of {result.total}; a "
+            f"checkpoint is in {escape(str(out))}. To go on: the same command with --resume",
+            soft_wrap=True,
+        )
+        raise typer.Exit(128 + signals.number)
+
+
+class _Signals:
+    """SIGTERM and Ctrl-C: in training they wait for the end of a step; before it, and the second time, they end it."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.training = False
+
+    def received(self) -> bool:
+        return self.number is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.training or self.number is not None:
+            sys.exit(128 + number)  # unwinds
+        self.number = number
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more to stop at once\n")
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(console: Console, signals: _Signals) -> Iterator[Watcher]:
+    from ..finetune import Watcher
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, speed="")
+
+        class Shown(Watcher):
+            def __init__(self) -> None:
+                self.loss = self.perplexity = self.rate = math.nan
+
+            def stage(self, what: str) -> None:
+                bar.update(task, description=what)
+
+            def begin(self, total: int, history: Any) -> None:
+                signals.training = True
+                bar.reset(task, total=total, completed=len(history.steps), description="training")
+                if history.steps:
+                    console.print(f"going on after step {len(history.steps)} of {total}")
+
+            def describe(self, more: str = "") -> None:
+                text = "training" if math.isnan(self.loss) else f"loss {self.loss:.3f}"
+                text += "" if math.isnan(self.perplexity) else f", held-out perplexity {self.perplexity:.2f}"
+                bar.update(task, description=text + more)
+
+            def step(self, line: Mapping[str, float]) -> None:
+                self.loss, self.rate = line["loss"], line["tokens"] / max(line["seconds"], 1e-9)
+                bar.update(task, completed=line["step"], speed=f"{self.rate:.0f} tokens/s")
+                self.describe()
+
+            def evaluating(self, window: int, windows: int) -> None:
+                self.describe(f", window {window} of {windows}")
+
+            def evaluated(self, step: int, perplexity: float) -> None:
+                self.perplexity = perplexity
+                about = "" if math.isnan(self.loss) else f", loss {self.loss:.4f}, {self.rate:.0f} tokens/s"
+                console.print(f"step {step}: held-out perplexity {perplexity:.3f}{about}")
+                self.describe()
+
+            def note(self, text: str) -> None:
+                console.print(f"note: {escape(text)}", soft_wrap=True)
+
+        yield Shown()
+
+
+def _print(console: Console, result: Result) -> None:
+    from ..finetune.memory import as_table
+
+    perplexities = result.perplexities
+    if len(perplexities) > 1:
+        first, *_, last = perplexities
+        before, after = perplexities[first], perplexities[last]
+        change = after / before - 1.0
+        console.print(
+            f"held-out perplexity {before:.3f} after {first} steps, {after:.3f} after {last} ({change:+.1%}); "
+            f"{result.tokens_per_s:.0f} tokens/s"
+        )
+    if result.steps:
+        console.print(as_table(result.memory))
+    if result.adapter is not None:
+        console.print(f"written: {escape(str(result.adapter))}, and beside it losses.jsonl, losses.png, finetune.json")

@@ -1,0 +1,330 @@
+"""The directory of a run: what it is, its losses, its checkpoints, and in the end its adapter.
+
+``finetune.json`` says what the run is and, once it is finished, what came out; ``losses.jsonl`` has a line per step and
+per perplexity; ``checkpoints/step-00000050`` holds an adapter in PEFT's format, ``training.pt`` (optimizer, random
+numbers) and ``state.json``, with the hash of every other file. Checkpoints are written beside themselves, made durable
+and renamed: one that has its name is whole, unless the disk lost it, which the hashes tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..serialization import new_directory
+
+FORMAT = 1
+MANIFEST, LOSSES, CURVE, ADAPTER = "finetune.json", "losses.jsonl", "losses.png", "adapter"
+_CHECKPOINTS, _STATE, _TRAINING = "checkpoints", "state.json", "training.pt"
+_KEPT = 2  # checkpoints: the one before the last is what is left if the disk loses the last
+_Mark = dict[str, Any]
+
+
+@dataclass
+class History:
+    """What has been measured so far: one entry per step, in order, and perplexities by the number of steps before."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    perplexities: dict[int, float] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[dict[str, float]]:
+        for step in range(len(self.steps) + 1):
+            if step:
+                yield self.steps[step - 1]
+            if step in self.perplexities:
+                yield {"step": step, "held_out_perplexity": self.perplexities[step]}
+
+
+@dataclass
+class Checkpoint:
+    """As it is on disk; `training` has been read, the adapter is read from its directory."""
+
+    path: Path
+    step: int
+    threads: int
+    history: History
+    training: dict[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+
+class RunDirectory:
+    """See `open_run`.
+
+    Attributes:
+        path: of the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._damaged: dict[Path, str] = {}
+
+    # ---- what the run is ----
+
+    def begin(self, mark: _Mark, about: Mapping[str, Any]) -> None:
+        """Write the manifest of a new run.
+
+        Args:
+            mark: what must be the same for the run to go on: "settings", "model" and "data".
+            about: what is of interest besides.
+        """
+        if not (self.path / MANIFEST).exists():
+            self.write_manifest({"format": FORMAT, **mark, "finished": False, **about})
+
+    def check(self, mark: _Mark) -> None:
+        """ValueError if there is the manifest of another run; the message says what differs."""
+        if not (self.path / MANIFEST).exists():
+            return
+        found = self._read_manifest()
+        different = [name for name in ("model", "data") if found.get(name) != mark[name]]
+        was, now = found.get("settings"), mark["settings"]
+        if not isinstance(was, dict):
+            different.append("settings")
+        elif changed := [f"{key} {was.get(key)!r} is now {now[key]!r}" for key in now if was.get(key) != now[key]]:
+            different.append(f"settings ({', '.join(changed)})")
+        if different:
+            raise ValueError(
+                f"{self.path} holds another run; different are its {', '.join(different)}: use the same again, or "
+                "another directory"
+            )
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.path / MANIFEST
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["format"] == FORMAT:
+                return dict(found)
+            problem = f"format {found['format']!r}, this octavo writes {FORMAT}"
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is damaged or of another version ({problem}): use another directory")
+
+    def write_manifest(self, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=1) + "\n"
+        replace(self.path / MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
+
+    def update_manifest(self, content: Mapping[str, Any]) -> None:
+        self.write_manifest({**self._read_manifest(), **content})
+
+    def check_unfinished(self) -> None:
+        """FileExistsError if the run in this directory is done."""
+        if (self.path / MANIFEST).exists() and self._read_manifest().get("finished"):
+            raise FileExistsError(f"{self.path} holds a run that is finished; name another directory")
+
+    # ---- losses ----
+
+    def rewrite_losses(self, history: History) -> None:
+        """What was measured after the checkpoint is measured again."""
+        text = "".join(json.dumps(line) + "\n" for line in history.lines())
+        replace(self.path / LOSSES, lambda target: target.write_text(text, encoding="utf-8"))
+
+    def append_loss(self, line: Mapping[str, float]) -> None:
+        with open(self.path / LOSSES, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # ---- checkpoints ----
+
+    def save(self, history: History, training: Mapping[str, Any], save_adapter: Callable[[Path], None]) -> Path:
+        """Write a checkpoint, and remove all but the last two.
+
+        Raises:
+            OSError: it cannot be written; those that there are stay.
+        """
+        step = len(history.steps)
+        folder = self.path / _CHECKPOINTS
+        target = folder / f"step-{step:08d}"
+        try:
+            folder.mkdir(exist_ok=True)
+            # One of this step lacks at most its perplexity.
+            with new_directory(target, target.exists(), _STATE) as path:
+                save_adapter(path / ADAPTER)
+                torch.save(dict(training), path / _TRAINING)
+                files = sorted(file for file in path.rglob("*") if file.is_file())
+                state = {
+                    "format": FORMAT,
+                    "step": step,
+                    "threads": torch.get_num_threads(),
+                    "steps": history.steps,
+                    "perplexities": list(history.perplexities.items()),
+                    "sha256": {file.relative_to(path).as_posix(): _sha256(file) for file in files},
+                }
+                (path / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+                for entry in (*files, path / _STATE, path / ADAPTER, path):
+                    _make_durable(entry)
+            _make_durable(folder)
+        except Exception as error:  # of torch and safetensors besides: a full disk is of a different kind in each
+            have = f"{shutil.disk_usage(self.path).free} bytes are free"
+            last = self._steps()
+            left = f"the last one is of step {last[-1]}" if last else "there is none before it"
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise OSError(f"cannot write the checkpoint {target}: {reason}; {have}; {left}") from error
+        for old in self._steps()[:-_KEPT]:
+            self._remove(folder / f"step-{old:08d}")
+        return target
+
+    def latest(self) -> Checkpoint | None:
+        """The newest one that is whole; None where there is none at all.
+
+        Raises:
+            ValueError: there are some, all damaged.
+        """
+        self._damaged = {}
+        for step in reversed(self._steps()):
+            path = self.path / _CHECKPOINTS / f"step-{step:08d}"
+            try:
+                state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+                if state["format"] != FORMAT:
+                    raise ValueError(f"format {state['format']!r}, this octavo reads {FORMAT}")
+                for name, sha256 in state["sha256"].items():
+                    if _sha256(path / name) != sha256:
+                        raise ValueError(f"{name} is not what was written")
+                history = History(state["steps"], {int(at): float(value) for at, value in state["perplexities"]})
+                if not state["step"] == len(history.steps) == step:
+                    raise ValueError(f"{_STATE} is of step {state['step']}, with {len(history.steps)} losses")
+                training = torch.load(path / _TRAINING, map_location="cpu", weights_only=True)
+                return Checkpoint(path, step, int(state["threads"]), history, training)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+                self._damaged[path] = f"{path} is damaged ({error})"
+        if self._damaged:
+            raise ValueError(f"{'; '.join(self._damaged.values())}: remove {self.path} to begin anew")
+        return None
+
+    def remove_damaged(self) -> list[str]:
+        """Remove what `latest` passed over. Returns what was wrong with each."""
+        for path in self._damaged:
+            self._remove(path)
+        problems, self._damaged = list(self._damaged.values()), {}
+        return problems
+
+    def _steps(self) -> list[int]:
+        names = (entry.name for entry in (self.path / _CHECKPOINTS).glob("step-*"))
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def last_step(self) -> int | None:
+        """Of the newest checkpoint."""
+        return max(self._steps(), default=None)
+
+    def _remove(self, path: Path) -> None:
+        hidden = path.with_name(f".{path.name}.old")  # half of a checkpoint must not look like one
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def remove_checkpoints(self) -> None:
+        shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a run that was killed left half-written."""
+        for folder in (self.path, self.path / _CHECKPOINTS):
+            for entry in folder.glob(".*"):
+                if entry.suffix in (".tmp", ".old"):
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+
+
+@contextmanager
+def open_run(path: str | os.PathLike[str], resume: bool) -> Iterator[RunDirectory]:
+    """The directory of a run, for this process alone.
+
+    If the block raises before there is a manifest, the directory is as it was: it is gone if it was not there.
+
+    Args:
+        path: to be made, in a directory that exists; or empty; or with `resume`, of a run that is not finished.
+        resume: go on with the run that is there, if there is one.
+
+    Raises:
+        FileExistsError: there is something else.
+        OSError: it cannot be made or written.
+        BlockingIOError: another process trains there.
+    """
+    where = Path(path)
+    new = not where.exists()
+    if not new:
+        if not where.is_dir():
+            raise FileExistsError(f"{where} exists and is not a directory")
+        entries = sorted(entry.name for entry in where.iterdir())
+        if entries and MANIFEST not in entries:
+            raise FileExistsError(
+                f"{where} exists, and holds {entries[0]} but no {MANIFEST}: it is no directory of a run; name another"
+            )
+        run = RunDirectory(where)
+        run.check_unfinished()
+        if entries and not resume:
+            raise FileExistsError(f"{where} holds a run that is not finished: resume it, or name another directory")
+    elif not where.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {where}: there is no directory {where.parent}")
+    try:
+        where.mkdir(exist_ok=True)
+        probe = where / f".{os.getpid()}.tmp"
+        probe.write_bytes(b"octavo")
+        probe.unlink()
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {where}: {error.strerror}") from None
+    run = RunDirectory(where)
+    try:
+        with _locked(where):
+            run.sweep()
+            yield run
+    except BaseException:
+        if new and not any(where.iterdir()):
+            where.rmdir()
+        raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process trains in {path}") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside itself and rename it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _make_durable(path: Path) -> None:
+    """On disk, and not only in the system's memory, before anything is renamed."""
+    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

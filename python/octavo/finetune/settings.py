@@ -1,0 +1,168 @@
+"""How to fine-tune: the settings, their checks, and the optimizer that they name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import optim
+from ..nn_lora import LoRAConfig
+
+METHODS = ("nf4", "fp4", "int8", "16bit")
+_OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
+    "paged_adamw8bit": optim.PagedAdamW8bit,
+    "paged_adamw": optim.PagedAdamW,  # what the paper trained with: fp32 states
+    "adamw8bit": optim.AdamW8bit,
+    "adamw": None,  # torch's
+    "paged_lion8bit": optim.PagedLion8bit,
+    "lion8bit": optim.Lion8bit,
+}
+OPTIMIZERS = tuple(_OPTIMIZERS)
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# What may differ when a run goes on: where states live does not change the bits of a step.
+_FREE = ("page_dir", "device_budget", "save_every")
+_COUNTS = ("batch", "accumulate", "context", "eval_windows", "save_every")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The recipe. Defaults are the paper's (appendix B), but for a rank of 16 and batches of 4.
+
+    Attributes:
+        method: of the base: "nf4" or "fp4" (4 bits), "int8", or "16bit": LoRA without quantization.
+        double_quant: of nf4 and fp4: quantize the scales, too; None: yes, as in the paper.
+        rank, alpha, dropout: of the adapters: see `octavo.add_lora`.
+        optimizer: one of `OPTIMIZERS`: with 8-bit states, or fp32 states where the name does not say 8bit; paged states
+            may live on the host, or with page_dir in a file. "adamw" is torch's.
+        page_dir, device_budget: of paged optimizers: see `octavo.optim.Optimizer8bit`.
+        lr: after the warm-up it stays as it is.
+        warmup: the share of the steps in which lr grows linearly from 0.
+        weight_decay, max_grad_norm: the latter is the norm that gradients are scaled down to.
+        batch, accumulate: a step sees batch * accumulate windows, batch of them at once.
+        context: tokens of a window; windows do not overlap.
+        epochs: how often to go through the text.
+        steps: how many steps to take, in place of epochs.
+        dtype: "bf16" or "fp32", of the base where it is not quantized and of all products. Adapters are fp32.
+        gradient_checkpointing: keep only the inputs of the model's blocks, and compute the rest again.
+        held_out: the share of the text, at its end, to judge by and not to train on.
+        eval_every: steps between two perplexities of it; None: a quarter of all. There is one before and after always.
+        eval_windows: how many windows of it, at most.
+        save_every: steps between two checkpoints.
+        seed: of the adapters, the order of windows and dropout.
+        device: "cpu", "cuda", "cuda:1", ...; None: cuda where octavo is built for it and there is one.
+    """
+
+    method: str = "nf4"
+    double_quant: bool | None = None
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.05
+    optimizer: str = "paged_adamw8bit"
+    page_dir: str | None = None
+    device_budget: int | None = None
+    lr: float = 2e-4
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.3
+    batch: int = 4
+    accumulate: int = 1
+    context: int = 512
+    epochs: float = 1.0
+    steps: int | None = None
+    dtype: str = "bf16"
+    gradient_checkpointing: bool = True
+    held_out: float = 0.1
+    eval_every: int | None = None
+    eval_windows: int = 64
+    save_every: int = 50
+    seed: int = 0
+    device: str | None = None
+
+    def check(self) -> None:
+        """Raises ValueError or, for page_dir, OSError unless they can be; the message has the value."""
+        for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("dtype", tuple(_DTYPES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.double_quant is not None and self.method not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant is of methods nf4 and fp4, not of {self.method}")
+        LoRAConfig(self.rank, self.alpha, self.dropout).check()
+        for name in (*_COUNTS, "steps", "eval_every"):
+            value = getattr(self, name)
+            least = 2 if name == "context" else 1
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+        for name in ("lr", "epochs", "max_grad_norm"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        if not 0.0 <= self.warmup <= 1.0:
+            raise ValueError(f"warmup must lie in [0, 1], got {self.warmup}")
+        if not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
+        if self.steps is not None and self.epochs != 1.0:
+            raise ValueError(f"give epochs or steps, not both: got {self.epochs} and {self.steps}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be a whole number of 63 bits, got {self.seed}")
+        self.chosen_device()
+        self.make_optimizer([torch.zeros(1, requires_grad=True)])  # checks what is the optimizer's, the page_dir too
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
+
+    @property
+    def doubly_quantized(self) -> bool:
+        return self.method in ("nf4", "fp4") and self.double_quant is not False
+
+    def chosen_device(self) -> torch.device:
+        """ValueError unless it is there."""
+        from .. import cuda_built
+
+        chosen = self.device
+        if chosen is None:
+            chosen = "cuda" if cuda_built() and torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(chosen)
+        except RuntimeError:
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        count = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ValueError(f"device {self.device}: torch {torch.__version__} sees {count} CUDA devices")
+        if device.type == "cuda" and not cuda_built():
+            raise ValueError(f"device {self.device}: octavo was built without CUDA")
+        return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """Clips gradients itself, but for torch's."""
+        paging: dict[str, Any] = {"page_dir": self.page_dir, "device_budget": self.device_budget}
+        if not self.optimizer.startswith("paged_"):
+            if given := [name for name, value in paging.items() if value is not None]:
+                of = ", ".join(name for name in OPTIMIZERS if name.startswith("paged_"))
+                raise ValueError(f"{given[0]} is of optimizers {of}, not of {self.optimizer}")
+            paging = {}
+        kind = _OPTIMIZERS[self.optimizer]
+        if kind is None:
+            return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        options = {"weight_decay": self.weight_decay, "max_grad_norm": self.max_grad_norm, **paging}
+        return kind(parameters, lr=self.lr, **options)
+
+    def lr_of(self, step: int, total: int) -> float:
+        """Of a step, counted from 0."""
+        ramp = math.ceil(self.warmup * total)
+        return self.lr * min(1.0, (step + 1) / ramp) if ramp else self.lr
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def binding(self) -> dict[str, Any]:
+        """Those that must be the same for a run to go on."""
+        found = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        found["double_quant"] = self.doubly_quantized
+        found["device"] = self.chosen_device().type
+        return found
