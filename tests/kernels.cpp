@@ -19,7 +19,8 @@ namespace {
       machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step,          \
       machine::csr_matmul_workspace, machine::csr_transposed_workspace, machine::csr_grad_values_workspace,   \
       machine::csr_matmul, machine::csr_matmul_transposed, machine::csr_grad_values, machine::spqr_workspace, \
-      machine::spqr_matmul, machine::spqr_dequantize
+      machine::spqr_matmul, machine::spqr_dequantize, machine::quantize_low_bit, machine::dequantize_low_bit, \
+      machine::nf4_workspace, machine::nf4_matmul, machine::nf4_workspace_transposed, machine::nf4_matmul_transposed
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -251,6 +252,7 @@ int main(int argc, char** argv) {
       test_optim();
       test_sparse();
       test_spqr();
+      test_nf4();
     }
     std::printf("%s: %s\n", each.name.c_str(), test::failures == before ? "ok" : "FAILED");
     ++ran;

@@ -12,6 +12,7 @@
 #include "int8/decompose.h"
 #include "int8/gemm.h"
 #include "int8/quantize.h"
+#include "nf4/nf4.h"
 #include "optim8/optim8.h"
 #include "outlier/outlier.h"
 #include "sparse/sparse.h"
@@ -46,6 +47,12 @@ struct Backend {
   decltype(&cpu::spqr_workspace) spqr_workspace;
   decltype(&cpu::spqr_matmul) spqr_matmul;
   decltype(&cpu::spqr_dequantize) spqr_dequantize;
+  decltype(&cpu::quantize_low_bit) quantize_low_bit;
+  decltype(&cpu::dequantize_low_bit) dequantize_low_bit;
+  decltype(&cpu::nf4_workspace) nf4_workspace;
+  decltype(&cpu::nf4_matmul) nf4_matmul;
+  decltype(&cpu::nf4_workspace_transposed) nf4_workspace_transposed;
+  decltype(&cpu::nf4_matmul_transposed) nf4_matmul_transposed;
 
   bool simt() const { return name.starts_with("simt"); }
 };
@@ -178,5 +185,6 @@ void test_blockwise();  // kernels_optim.cpp
 void test_optim();
 void test_sparse();  // kernels_sparse.cpp
 void test_spqr();    // kernels_spqr.cpp
+void test_nf4();     // kernels_nf4.cpp
 
 }  // namespace kernels

@@ -291,6 +291,32 @@ void test_mma() {
   check_mma<BFloat16, float>(DType::bf16, [](int v) { return from_float<BFloat16>(static_cast<float>(v)); }, 16);
 }
 
+void test_permute() {
+  uint32_t words[64] = {0x33221100u, 0x77665544u, 0x80ff7f00u, 0xf00f817eu};
+  uint32_t selectors[32] = {0x7250u, 0xffffba98u}, out[32];
+  permute(words, selectors, out, nullptr);
+  CHECK(out[0] == 0x77225500u);
+  CHECK(out[1] == 0xffff0000u);
+  CHECK(out[2] == 0);
+}
+
+void test_transposed_matrices() {
+  uint16_t elements[4][8][8];  // matrix, row, column
+  for (int i = 0; i < 4 * 8 * 8; ++i) elements[i / 64][i / 8 % 8][i % 8] = static_cast<uint16_t>(i * 257);
+  int4 rows[32];
+  std::memcpy(rows, elements, sizeof rows);
+  uint32_t out[32][4];
+  transpose(rows, out[0], nullptr);
+  bool same = true;
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int column = lane / 4, row = lane % 4 * 2;
+      same = same &&
+             out[lane][i] == (elements[i][row][column] | static_cast<uint32_t>(elements[i][row + 1][column]) << 16);
+    }
+  CHECK(same);
+}
+
 void test_set_flag() {
   uint8_t flags[3] = {};
   raise_flags(flags, nullptr);
@@ -436,6 +462,8 @@ void test_intrinsics() {
   CHECK(__dp4a(0x80808080u, 0x7f7f7f7f, 0) == -128 * 127 * 4 && __dp4a(1, 1, 0x7fffffff) == -0x7fffffff - 1);
   CHECK(__byte_perm(0x33221100u, 0x77665544u, 0x7250u) == 0x77225500u);
   CHECK(__float_as_uint(1.0f) == 0x3f800000u && __uint_as_float(0x40000000u) == 2.0f && __int_as_float(0) == 0.0f);
+  CHECK(__fmaf_rd(1.0f, 0.5f, 0x1p24f) == 0x1p24f && __fmaf_rd(-1.0f, 0x1p-60f, 1.0f) == 1.0f - 0x1p-24f);
+  CHECK(__fmaf_rd(15.9f, 1.0f, 16.0f) == 31.9f && __fmaf_rd(1.0f, 2.0f, -3.0f) == -1.0f);
   CHECK(__float2int_rn(2.5f) == 2 && __float2int_rn(-3.5f) == -4 && __float2int_rn(NAN) == 0);
   CHECK(__float2int_rn(1e30f) == std::numeric_limits<int>::max() && __float2int_rn(-INFINITY) == -0x7fffffff - 1);
   CHECK(max(NAN, 1.0f) == 1.0f && min(1.0f, NAN) == 1.0f && max(-1, 2) == 2 && min(int64_t{-1}, 2) == -1);
@@ -472,6 +500,8 @@ int main() {
   test_partial_warp();
   test_async_copy();
   test_mma();
+  test_permute();
+  test_transposed_matrices();
   test_set_flag();
   test_reports();
   test_launch_limits();

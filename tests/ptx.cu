@@ -31,6 +31,31 @@ void raise_flags(uint8_t* flags, Stream stream) {
   LAUNCH(raise_flags_kernel, 2, 64, 0, stream, flags);
 }
 
+// Lane i permutes words 2 i and 2 i + 1 by selector i.
+__global__ void permute_kernel(const uint32_t* words, const uint32_t* selectors, uint32_t* out) {
+  const int lane = threadIdx.x;
+  out[lane] = permute_bytes(words[2 * lane], words[2 * lane + 1], selectors[lane]);
+}
+
+void permute(const uint32_t* words, const uint32_t* selectors, uint32_t* out, Stream stream) {
+  LAUNCH(permute_kernel, 1, 32, 0, stream, words, selectors, out);
+}
+
+// One warp loads four matrices of 8 rows of 16 bytes, transposed: out[lane][4].
+__global__ void transpose_kernel(const int4* rows, uint32_t* out) {
+  SHARED(int4, tile, [32]);
+  const int lane = threadIdx.x;
+  tile[lane] = rows[lane];
+  __syncthreads();
+  uint32_t result[4];
+  ldmatrix_x4_transposed(result, &tile[lane]);
+  for (int i = 0; i < 4; ++i) out[4 * lane + i] = result[i];
+}
+
+void transpose(const int4* rows, uint32_t* out, Stream stream) {
+  LAUNCH(transpose_kernel, 1, 32, 0, stream, rows, out);
+}
+
 // One warp loads a[16][32 bytes] and b[8][32 bytes] as fragments and multiplies them: d[16][8].
 template <class T, class D>
 __global__ void mma_kernel(const int4* a, const int4* b, D* d) {

@@ -40,6 +40,24 @@ __device__ __forceinline__ uint32_t pack_bytes(int32_t low, int32_t high, uint32
 #endif
 }
 
+// Byte i of the result is byte (selector >> 4 i) & 7 of the eight bytes b:a; where the upper bit of these four is set,
+// that byte's sign, eight times. (__byte_perm clears the upper bits first. What lies above 16 bits never matters.)
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#if !defined(__CUDACC__)
+  const auto bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7)) & 0xff;
+    result |= (selector >> 4 * i & 8 ? (byte >> 7) * 0xff : byte) << 8 * i;
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+#endif
+}
+
 // Brings the line at this address into L2.
 __device__ __forceinline__ void prefetch_l2(const void* global) {
 #if !defined(__CUDACC__)
@@ -142,7 +160,20 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* r
                : "r"(from)
                : "memory");
 #else
-  simt_machine::load_matrices(result, row, simt_machine::Where::current());
+  simt_machine::load_matrices(result, row, false, simt_machine::Where::current());
+#endif
+}
+
+// The same with every matrix transposed: result[i] is rows 2 t and 2 t + 1 of column g of matrix i.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&result)[4], const void* row) {
+#if defined(__CUDACC__)
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(from)
+               : "memory");
+#else
+  simt_machine::load_matrices(result, row, true, simt_machine::Where::current());
 #endif
 }
 

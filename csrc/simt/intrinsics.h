@@ -143,6 +143,14 @@ inline int __float2int_rn(float value) {
   if (value < -0x1p31f) return std::numeric_limits<int>::min();
   return static_cast<int>(std::nearbyint(value));
 }
+// a * b + c, rounded down.
+inline float __fmaf_rd(float a, float b, float c) {
+  const double product = static_cast<double>(a) * b, sum = product + c;  // the product is exact; what the sum lacks:
+  const double of_c = sum - product, rest = (product - (sum - of_c)) + (c - of_c);
+  const float rounded = static_cast<float>(sum);
+  const bool below = rounded > sum || (static_cast<double>(rounded) == sum && rest < 0);
+  return below ? std::nextafterf(rounded, -std::numeric_limits<float>::infinity()) : rounded;
+}
 inline float __saturatef(float value) {  // NaN gives 0
   return value > 0.0f ? (value < 1.0f ? value : 1.0f) : 0.0f;
 }

@@ -10,12 +10,17 @@ constexpr uint32_t kAllLanes = 0xffffffffu;
 
 struct MatrixRows {
   uint32_t row[4], result[4];
+  bool transposed;
 };
 
 void combine_rows(void* const operands[32], uint32_t) {
   const auto of = [&](int lane) -> MatrixRows& { return *static_cast<MatrixRows*>(operands[lane]); };
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) of(lane).result[i] = of(8 * i + lane / 4).row[lane % 4];
+    for (int i = 0; i < 4; ++i) {
+      const int g = lane / 4, t = lane % 4;
+      const auto element = [&](int row) { return of(8 * i + row).row[g / 2] >> g % 2 * 16 & 0xffffu; };
+      of(lane).result[i] = of(lane).transposed ? element(2 * t) | element(2 * t + 1) << 16 : of(8 * i + g).row[t];
+    }
 }
 
 struct Int8 {
@@ -62,8 +67,9 @@ void multiply(typename Element::Sum (&d)[4], const uint32_t (&a)[4], const uint3
 
 }  // namespace
 
-void exchange_rows(uint32_t (&result)[4], const uint32_t (&row)[4], Where where) {
+void exchange_rows(uint32_t (&result)[4], const uint32_t (&row)[4], bool transposed, Where where) {
   MatrixRows mine{};
+  mine.transposed = transposed;
   std::memcpy(mine.row, row, sizeof row);
   collective("ldmatrix", kAllLanes, &mine, combine_rows, MemoryOrder::none, where);
   std::memcpy(result, mine.result, sizeof result);

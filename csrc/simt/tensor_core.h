@@ -7,15 +7,16 @@
 
 namespace octavo::simt_machine {
 
-// Lane 8 i + r brings row r of matrix i, 16 bytes; result[i] of a lane is word t of row g of matrix i.
-void exchange_rows(uint32_t (&result)[4], const uint32_t (&row)[4], Where where);
+// Lane 8 i + r brings row r of matrix i, 16 bytes; result[i] of a lane is word t of row g of matrix i, or, of a
+// transposed one, the 16-bit elements of rows 2 t and 2 t + 1 in column g.
+void exchange_rows(uint32_t (&result)[4], const uint32_t (&row)[4], bool transposed, Where where);
 
 // Each lane reads the row that it names, so that sanitizers, which see what is compiled with the kernel, see that.
-inline void load_matrices(uint32_t (&result)[4], const void* from, Where where) {
+inline void load_matrices(uint32_t (&result)[4], const void* from, bool transposed, Where where) {
   if (reinterpret_cast<uintptr_t>(from) % 16) fail("ldmatrix of a row that is not 16-byte aligned");
   uint32_t row[4];
   std::memcpy(row, from, sizeof row);
-  exchange_rows(result, row, where);
+  exchange_rows(result, row, transposed, where);
 }
 
 // d[16, 8] += a[16, K] b[K, 8], K being 8 words of 4 int8 or 2 floats. Register i of a: row g + 8 (i & 1), word

@@ -1,0 +1,1 @@
+#include "nf4/nf4_fma_cuda.cu"

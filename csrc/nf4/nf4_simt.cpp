@@ -1,0 +1,1 @@
+#include "nf4/nf4_cuda.cu"
