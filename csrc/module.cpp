@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <string>
 
+#include "common/normal_float.h"
 #include "cpu/isa.h"
 #include "cpu/peak.h"
 
@@ -30,6 +31,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &octavo::cpu::available, "The levels that this machine can run");
   m.def("peak", &octavo::cpu::peak, py::arg("kind"), py::arg("iterations"), py::call_guard<py::gil_scoped_release>(),
         "Operations done by a loop at the core's limit ('int8' or 'fma') at the level in force; the caller times it");
+  m.def(
+      "codebook",
+      [](const std::string& name) {
+        using namespace octavo;
+        const auto list = [](const float* values, int count) { return std::vector<float>(values, values + count); };
+        if (name == "dynamic") return list(kSignedMap.value, kCodes);
+        if (name == "dynamic unsigned") return list(kUnsignedMap.value, kCodes);
+        if (name == "nf8") return list(kNf8.value, kCodes);
+        for (const auto& [known, book] : {std::pair{"nf2", &kNf2}, {"nf3", &kNf3}, {"nf4", &kNf4}, {"fp4", &kFp4}})
+          if (name == known) return list(book->value, 1 << book->bits);
+        throw py::value_error("octavo: no code book is called " + name);
+      },
+      py::arg("name"), "The values of a code book by their codes: dynamic, dynamic unsigned, nf2, nf3, nf4, nf8, fp4");
   m.def(
       "read_all",
       [](const py::buffer& buffer) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import octavo
@@ -127,6 +128,30 @@ def test_magnitude_does_not_matter(ops: Ops, m: int, dtype: torch.dtype):
         assert all(torch.equal(s, p * 2.0**exponent) for s, p in zip(scaled, products, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_x_that_are_not_around_zero(ops: Ops, dtype: torch.dtype):
+    """Values of the code book that meet 16-bit x have no common error: it would grow like k, not like its root."""
+    k = 11008 if ops.backend.startswith("cpu") else 2048
+    weight = make(32, k)
+    exact, rounded = dense(weight).double(), weight.dequantize(dtype).double()
+    for m in rows_for(ops):
+        x = torch.rand(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+        want = x.double() @ exact.T
+        error = (linear(ops, x, weight).double() - want).norm()
+        assert error <= 2 * ((x.double() @ rounded.T).to(dtype).double() - want).norm()
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 16])
+def test_large_and_small_x_with_small_weights(ops: Ops, m: int):
+    if not ops.backend.startswith("cpu"):
+        pytest.skip("on a GPU bf16 x from about 2**110 on may overflow: csrc/nf4/nf4.h")
+    weight = octavo.quantize_4bit(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) * 0.01)
+    x = torch.randn(m, 256, generator=torch.Generator().manual_seed(m)).bfloat16()
+    plain = linear(ops, x, weight)
+    for exponent in (-100, 122):
+        assert torch.equal(linear(ops, x * 2.0**exponent, weight), plain * 2.0**exponent)
+
+
 def test_shapes_views_and_empty(ops: Ops):
     weight, g = make(20, 64), torch.Generator().manual_seed(0)
     x, y = torch.randn(4, 3, 128, generator=g)[..., ::2], torch.randn(2, 20, 5, generator=g).mT
@@ -137,10 +162,10 @@ def test_shapes_views_and_empty(ops: Ops):
     assert torch.equal(transposed(ops, y, weight), transposed(ops, y.contiguous(), weight))
     assert linear(ops, x[:0], weight).shape == (0, 3, 20)
     assert transposed(ops, y[:0], weight).shape == (0, 5, 64)
-    for n, k in ((0, 64), (20, 0), (0, 0)):
-        empty, bias = make(n, k), torch.randn(n, generator=g)
-        assert torch.equal(linear(ops, torch.ones(2, k), empty, bias), bias.expand(2, n))
-        assert torch.equal(transposed(ops, torch.ones(2, n), empty), torch.zeros(2, k))
+    for (n, k), dtype, m, nested in product(((0, 64), (20, 0), (0, 0)), FLOATS, (2, 20), (False, True)):
+        empty, bias = make(n, k, double_quant=nested), torch.randn(n, generator=g).to(dtype)
+        assert torch.equal(linear(ops, torch.ones(m, k, dtype=dtype), empty, bias), bias.expand(m, n))
+        assert torch.equal(transposed(ops, torch.ones(m, n, dtype=dtype), empty), torch.zeros(m, k, dtype=dtype))
     tensors = [t if t is None else torch.stack([t, t], 1)[:, 0] for t in make(20, 64, double_quant=True).tensors()]
     strided = NF4Weight(*tensors, *(getattr(weight, name) for name in ("shape", "dtype", "quant_type", "blocksize")))
     assert torch.equal(linear(ops, x, strided), linear(ops, x, make(20, 64, double_quant=True)))

@@ -26,7 +26,7 @@ struct RawAbsmax {
   uint32_t code = 0;
 
   __device__ __forceinline__ void load(const LowBitTensor& t, int64_t block) {
-    if (t.absmax != nullptr) {
+    if (t.absmax_codes == nullptr) {
       scale = t.absmax[block];
     } else {
       code = t.absmax_codes[block];
@@ -36,12 +36,12 @@ struct RawAbsmax {
   }
   // low_bit_absmax of nf4.h. offset: *t.offset, where there is one.
   __device__ __forceinline__ float decode(const LowBitTensor& t, float offset) const {
-    return t.absmax != nullptr ? scale : kGpuMaps[1].value[code] * scale + offset;
+    return t.absmax_codes == nullptr ? scale : kGpuMaps[1].value[code] * scale + offset;
   }
 };
 
 __device__ __forceinline__ float offset_of(const LowBitTensor& t) {
-  return t.absmax != nullptr ? 0.0f : *t.offset;
+  return t.absmax_codes == nullptr ? 0.0f : *t.offset;
 }
 
 // ---- any type, element by element ----

@@ -16,15 +16,15 @@ struct LowBitTensor {
   QuantType type;
   const uint8_t* packed;  // [packed_bytes(type, count)]
   int64_t count, blocksize;
-  const float* absmax;          // [blocks]; null: double quantization
-  const uint8_t* absmax_codes;  // then [blocks]
+  const float* absmax;          // [blocks]
+  const uint8_t* absmax_codes;  // [blocks]; with them double quantization, and no absmax
   const float* nested_absmax;   // [ceil(blocks / 256)]
   const float* offset;          // [1]
 };
 
 // In this order everywhere, so that dequantized values agree to the bit. (On a GPU the map is in other memory.)
 inline float low_bit_absmax(const LowBitTensor& t, int64_t block) {
-  if (t.absmax != nullptr) return t.absmax[block];
+  if (t.absmax_codes == nullptr) return t.absmax[block];
   return kSignedMap.value[t.absmax_codes[block]] * t.nested_absmax[block / kNestedBlock] + *t.offset;
 }
 
@@ -47,8 +47,9 @@ struct DequantizeLowBit {
 // The weight is [n, k], flattened.
 //   nf4_matmul:            out[m, n] = x[m, k] @ weight^T + bias
 //   nf4_matmul_transposed: out[m, k] = x[m, n] @ weight            (no bias)
-// Sums in fp32, one rounding. With 16-bit x the weight, or the values of its code book, may be rounded to x's dtype
-// first: one or the other, never both.
+// Sums in fp32, one rounding. With 16-bit x the weight, or the values of its code book (product_value), may be rounded
+// to x's dtype first: one or the other, never both. In the second case codes are added up before absmax multiplies
+// them: on a GPU bf16 x from about 2^110 on may then overflow where the product would not.
 struct Nf4Matmul {
   LowBitTensor w;
   int64_t n, k;

@@ -27,25 +27,46 @@ constexpr int kPlace[4] = {1, 0, 3, 2};
 // Up to four rows of x, lanes are columns; with more, rows of the weight. See below.
 constexpr int64_t kFewRows = 4;
 
+// Codes, up to 1, are added up before absmax, which may be small, multiplies them: very large x would overflow on the
+// way, and vdpbf16ps takes denormals for 0. Rows of such x are multiplied by a power of two, their sums by its inverse.
+int row_exponent(const uint16_t* x, int64_t k) {
+  uint16_t most = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    const uint16_t magnitude = x[j] & 0x7fffu, finite = magnitude < 0x7f80u ? magnitude : uint16_t{0};
+    most = finite > most ? finite : most;
+  }
+  const int exponent = (most >> 7) - 127;
+  return most == 0 || (exponent <= 80 && exponent >= -60) ? 0 : exponent;
+}
+
 void prepare(const Nf4Matmul& p, const Nf4Input& in, int64_t begin, int64_t end) {
   if (in.transposed || p.m > kNf4StreamRows) return Plain::prepare(p, in, begin, end);
   const bool few = in.block <= kFewRows;
   for (int64_t row = begin * in.block; row < end * in.block; ++row) {
     const uint16_t* from = static_cast<const uint16_t*>(p.x) + row * p.k;
+    const int exponent = row < p.m ? row_exponent(from, p.k) : 0;
+    in.scale[row] = __builtin_ldexpf(1.0f, exponent);
+    uint16_t scaled[8];
     // few: [row][columns / 128][s][16 eights], else [columns / 8][s][row]
     uint32_t* to = in.parts + (few ? row * in.columns / 2 : row);
     for (int64_t j = 0; j < in.columns; j += 8) {
       uint32_t* line = to + (few ? j / kChunk * (kChunk / 2) + j % kChunk / 8 : j / 2 * in.block);
       const bool inside = row < p.m && j < p.k;  // k is a multiple of 32
+      const uint16_t* eight = from + j;
+      if (inside && exponent) {
+        for (int i = 0; i < 8; ++i)
+          scaled[i] = from_float<BFloat16>(__builtin_ldexpf(to_float(BFloat16{eight[i]}), -exponent)).bits;
+        eight = scaled;
+      }
       for (int s = 0; s < 4; ++s)
-        line[s * (few ? 16 : in.block)] = inside ? from[j + kPlace[s]] | uint32_t{from[j + 4 + kPlace[s]]} << 16 : 0;
+        line[s * (few ? 16 : in.block)] = inside ? eight[kPlace[s]] | uint32_t{eight[4 + kPlace[s]]} << 16 : 0;
     }
   }
 }
 
 __m512i value_table(QuantType type) {
   alignas(64) uint16_t values[32];
-  for (int i = 0; i < 32; ++i) values[i] = from_float<BFloat16>(small_book(type).value[i % 16]).bits;
+  for (uint32_t i = 0; i < 32; ++i) values[i] = product_value<BFloat16>(type, small_book(type), i).bits;
   return _mm512_load_si512(values);
 }
 
@@ -64,6 +85,11 @@ struct StreamScratch {
   float* absmax;                               // few rows: [rows of the weight][stride]; else [k / blocksize][16]
   int64_t stride;
 };
+
+void write_sums(const Nf4Matmul& p, const Nf4Input& in, float* sums, int64_t i, int64_t row, int64_t count) {
+  _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(in.scale[i])));
+  Plain::write_row(p, in, sums, i, row, count);
+}
 
 // Rows row ... row + kWeights - 1 of the weight times the kCount rows of x, to sums[i][place ...].
 template <int kCount, int kWeights>
@@ -128,7 +154,7 @@ void stream_few(const Nf4Matmul& p, const Nf4Input& in, int64_t begin, int64_t e
     int64_t r = 0;
     for (; r + kWeights <= count; r += kWeights) stream_rows<kCount, kWeights>(p, in, row + r, r, s);
     for (; r < count; ++r) stream_rows<kCount, 1>(p, in, row + r, r, s);
-    for (int64_t i = 0; i < p.m; ++i) Plain::write_row(p, in, s.sums[i], i, row, count);
+    for (int64_t i = 0; i < p.m; ++i) write_sums(p, in, s.sums[i], i, row, count);
   }
 }
 
@@ -209,7 +235,7 @@ void stream_tiles(const Nf4Matmul& p, const Nf4Input& in, int64_t begin, int64_t
       const int64_t words = (p.k - column < kChunk ? p.k - column : kChunk) / 8;
       add_products<kBlock>(in.parts + column / 2 * kBlock, some, words, s.absmax + (column >> shift) * 16, table, s);
     }
-    for (int64_t i = 0; i < p.m; ++i) Plain::write_row(p, in, s.sums[i], i, row, rows);
+    for (int64_t i = 0; i < p.m; ++i) write_sums(p, in, s.sums[i], i, row, rows);
   }
 }
 

@@ -58,7 +58,9 @@ int64_t lay_out(const Nf4Matmul& p, const Nf4Loops& l, bool transposed, uintptr_
     in.parts = reinterpret_cast<uint32_t*>(base);
   else
     in.x = reinterpret_cast<float*>(base);
-  return bytes;
+  if (!streaming || !parts) return bytes;
+  in.scale = reinterpret_cast<float*>(base + bytes);
+  return bytes + in.rows * static_cast<int64_t>(sizeof(float));
 }
 
 int64_t workspace(const Nf4Matmul& p, bool transposed) {

@@ -18,6 +18,7 @@ struct Nf4Input {
   uint32_t* parts;  // bf16 x as pairs. Panels: [rows / block, columns / 2, block], tiled [.., columns / 32, block, 16];
                     // streaming: [rows, columns / 128, 4, 16]: see nf4_bf16_avx512.cpp; or null
   bool tiled;
+  float* scale;  // streaming pairs: [rows], what the sums of a row are multiplied by; see nf4_bf16_avx512.cpp
 };
 
 struct Nf4Loops {
@@ -32,7 +33,7 @@ struct Nf4Loops {
 
 // Rows of the weight are whole blocks of 4-bit codes: what the loops in bf16 are made for.
 inline bool nf4_aligned(const Nf4Matmul& p) {
-  return bits_of(p.w.type) == 4 && p.k % p.w.blocksize == 0;
+  return bits_of(p.w.type) == 4 && p.k > 0 && p.k % p.w.blocksize == 0;
 }
 
 namespace portable {
@@ -201,7 +202,7 @@ struct Nf4 {
 
   // absmax of blocks [first, first + count), as low_bit_absmax gives it.
   static void load_absmax(const LowBitTensor& t, int64_t first, int64_t count, float* out) {
-    if (t.absmax) {
+    if (!t.absmax_codes) {
       __builtin_memcpy(out, t.absmax + first, count * sizeof(float));
       return;
     }

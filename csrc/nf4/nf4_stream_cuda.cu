@@ -184,6 +184,7 @@ StreamBook<T> stream_book(QuantType type) {
   StreamBook<T> book{};
   for (int plane = 0; plane < kStreamPlanes<T>; ++plane)
     book.plane[plane] = byte_planes<2>([&](uint32_t i) {
+      if constexpr (kStreamPlanes<T> == 1) return uint32_t{product_value<E>(type, small_book(type), i).bits};
       float rest = small_book(type).value[i];
       for (int before = 0; before < plane; ++before) rest -= to_float(from_float<E>(rest));
       return uint32_t{from_float<E>(rest).bits};

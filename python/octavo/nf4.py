@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C, ops
 from .ops_nf4 import BITS, packed_bytes
 
 NESTED_BLOCKSIZE = 256
@@ -17,9 +17,14 @@ TENSORS = ("packed", "absmax", "nested_absmax", "offset")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
+def code_book(name: str) -> Tensor:
+    """The values of a code book by their codes, fp32: of a quant_type, or "dynamic", the map of 8-bit blocks."""
+    return torch.tensor(_C.codebook(name))
+
+
 def check_options(quant_type: str, blocksize: int) -> None:
     """ValueError unless the operators know these."""
-    if quant_type not in BITS:
+    if not isinstance(quant_type, str) or quant_type not in BITS:
         raise ValueError(f"quant_type must be one of {', '.join(BITS)}, got {quant_type!r}")
     if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
@@ -110,6 +115,8 @@ def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
         RuntimeError: another dtype.
     """
     check_options(quant_type, blocksize)
+    if not isinstance(double_quant, bool):
+        raise ValueError(f"double_quant must be True or False, got {double_quant!r}")
     packed, absmax = ops.nf4_quantize(x, quant_type, blocksize)
     if not double_quant:
         return NF4Weight(packed, absmax, None, None, x.shape, x.dtype, quant_type, blocksize)

@@ -18,6 +18,16 @@ def packed_bytes(count: int, quant_type: str) -> int:
     return -(-count * BITS[quant_type] // 8)
 
 
+def _check_fake(op: str, quant_type: str, blocksize: int, x: Tensor | None = None) -> None:
+    """What the operator would refuse, where only its fake runs."""
+    if quant_type not in BITS:
+        raise RuntimeError(f"{op}: quant_type must be one of {', '.join(BITS)}, got {quant_type!r}")
+    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise RuntimeError(f"{op}: blocksize must be a power of two from 32 to 4096, got {blocksize}")
+    if x is not None and x.dim() == 0:
+        raise RuntimeError(f"{op}: x must have at least 1 dimension, got a scalar")
+
+
 def nf4_quantize(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """Quantize x in blocks of its flattened elements to the nearest value of a low-bit code book (QLoRA, arXiv
     2305.14314, section 3).
@@ -47,6 +57,7 @@ def nf4_quantize(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tup
 
 @fake("nf4_quantize")
 def _(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tuple[Tensor, Tensor]:
+    _check_fake("nf4_quantize", quant_type, blocksize)
     count = x.numel()
     packed = x.new_empty((packed_bytes(count, quant_type),), dtype=torch.uint8)
     return packed, x.new_empty((-(-count // blocksize),), dtype=torch.float32)
@@ -98,6 +109,7 @@ def _(
     quant_type: str = "nf4",
     blocksize: int = 64,
 ) -> Tensor:
+    _check_fake("nf4_dequantize", quant_type, blocksize)
     check_devices("nf4_dequantize", packed, absmax, nested_absmax, offset)
     return packed.new_empty(tuple(size), dtype=dtype)
 
@@ -146,6 +158,7 @@ def _(
     quant_type: str = "nf4",
     blocksize: int = 64,
 ) -> Tensor:
+    _check_fake("nf4_linear", quant_type, blocksize, x)
     check_devices("nf4_linear", x, packed, absmax, nested_absmax, offset, bias)
     return x.new_empty((*x.shape[:-1], n))
 
@@ -189,5 +202,6 @@ def _(
     quant_type: str = "nf4",
     blocksize: int = 64,
 ) -> Tensor:
+    _check_fake("nf4_linear_transposed", quant_type, blocksize, g)
     check_devices("nf4_linear_transposed", g, packed, absmax, nested_absmax, offset)
     return g.new_empty((*g.shape[:-1], k))
