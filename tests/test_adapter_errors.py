@@ -36,7 +36,19 @@ BAD_CONFIGS = {
     "alpha lacks": ({"lora_alpha": None}, "has lora_alpha = None"),
     "dropout": ({"lora_dropout": 2.0}, r"dropout must lie in \[0, 1\), got 2\.0"),
     "pattern": ({"rank_pattern": {"(": 2}}, "unterminated subpattern"),
-    "pattern rank": ({"rank_pattern": {"up": "x"}}, r"up: rank must be an integer of 1 or more, got 'x'"),
+    "pattern rank": ({"rank_pattern": {"up": "x"}}, r"has rank_pattern\['up'\] = 'x'"),
+    "pattern rank 0": ({"rank_pattern": {"up": 0}}, "up: rank must be an integer of 1 or more, got 0"),
+    "pattern alpha": ({"alpha_pattern": {"up": None}}, r"has alpha_pattern\['up'\] = None"),
+    "rslora": ({"use_rslora": "false"}, "has use_rslora = 'false'"),
+    "layers": ({"layers_to_transform": "0"}, "has layers_to_transform = '0'"),
+    "layers text": ({"layers_to_transform": [0, "1"]}, r"has layers_to_transform = \[0, '1'\]"),
+    "dropout text": ({"lora_dropout": "0.1"}, "has lora_dropout = '0.1'"),
+    "targets 3": ({"target_modules": [3]}, r"has target_modules = \[3\]"),
+    "fewer targets": (
+        {"target_modules": ["up"]},
+        r"holds tensors of blocks\.0\.down \(and 1 more\), which its target_modules \['up'\] do not name",
+    ),
+    "excluded": ({"exclude_modules": ["down"]}, r"target_modules .* without exclude_modules \['down'\] do not name"),
     "targets": ({"target_modules": 3}, "has target_modules = 3"),
     "more targets": ({"target_modules": ["up", "down", "lm_head"]}, "name lm_head, for which it has no tensors"),
 }
@@ -139,6 +151,9 @@ def test_damaged_files(saved):
     (folder / "a" / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
         octavo.load_adapter(model, folder / "a")
+    (folder / "a" / "adapter_config.json").write_text("[" * 99999)
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON: maximum recursion"):
+        octavo.load_adapter(model, folder / "a")
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json; its directories a, b do: name one"):
         octavo.load_adapter(model, folder)
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
@@ -160,6 +175,15 @@ def test_names_in_use(saved):
     assert_unchanged(model, before)
     octavo.load_adapter(model, folder / "a", "again")
     assert list(octavo.list_adapters(model)) == ["a", "again"]
+
+
+@pytest.mark.parametrize("changes", [{"alpha": "x"}, {"alpha": 10**400}, {"dropout": "x"}, {"use_rslora": 1}], ids=str)
+def test_numbers_of_other_types(changes):
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))} must .*, got"):
+        octavo.add_lora(model, 4, **changes)
+    assert_unchanged(model, before)
 
 
 def test_the_base_must_have_values(saved):

@@ -21,6 +21,7 @@ from lora_layers import (
     snapshot,
     with_adapter,
 )
+from octavo.adapters import base_quantization
 from octavo.nn import Int8Linear, LoRALinear
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -69,6 +70,37 @@ def test_remove_lora(kind):
     assert torch.equal(outputs(model), before)
     with pytest.raises(ValueError, match="Model has no adapters"):
         octavo.remove_lora(model)
+
+
+def test_a_merged_model_keeps_its_adapters():
+    model = Model("linear")
+    octavo.add_lora(model, 4)
+    randomize(model)
+    octavo.merge_adapter(model)
+    before = outputs(model)
+    with pytest.raises(RuntimeError, match="merged"):
+        octavo.remove_lora(model)
+    assert torch.equal(outputs(model), before)
+    octavo.unmerge_adapter(model)
+    assert octavo.remove_lora(model) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (None, "none"),
+        ({"method": "int8"}, "int8"),
+        ({"method": "nf4"}, "nf4"),
+        ({"method": "nf4", "quant_type": "fp4", "double_quant": True}, "fp4 double_quant"),
+        ({"method": "nf4", "blocksize": 128}, "nf4 blocksize=128"),
+    ],
+)
+def test_what_an_adapter_says_of_its_base(options, said):
+    model = Model("linear")
+    if options is not None:
+        octavo.quantize_model(model, progress=False, **options)
+    octavo.add_lora(model, 4)
+    assert base_quantization(model, "default") == said
 
 
 @pytest.mark.parametrize(
@@ -307,7 +339,11 @@ def test_whole_models_are_saved_without_adapters(tmp_path):
 
 def test_metadata_names_the_model(saved):
     with safe_open(saved[0] / "a" / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "octavo_base_class": "Model"}
+        assert file.metadata() == {
+            "format": "pt",
+            "octavo_base_class": "Model",
+            "octavo_base_quantization": "int8",
+        }
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------

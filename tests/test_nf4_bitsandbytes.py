@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import types
 
 import octavo
 import pytest
@@ -331,6 +332,17 @@ def test_other_errors(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["os"]}')
     with pytest.raises(ValueError, match="has no model class 'os'"):
         load_bitsandbytes(tmp_path)
+
+
+def test_a_threshold_of_null_is_the_default(tmp_path):
+    pytest.importorskip("transformers")
+    from octavo.integrations._bitsandbytes_models import _options
+
+    checkpoint = types.SimpleNamespace(headers={})
+    for given, threshold in (({}, 6.0), ({"llm_int8_threshold": None}, 6.0), ({"llm_int8_threshold": 5}, 5.0)):
+        assert _options(tmp_path, checkpoint, given) == {"method": "int8", "threshold": threshold}
+    with pytest.raises(ValueError, match=r"config\.json has llm_int8_threshold = 'x'"):
+        _options(tmp_path, checkpoint, {"llm_int8_threshold": "x"})
 
 
 def test_what_bitsandbytes_has_not_is_not_written():

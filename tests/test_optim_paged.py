@@ -380,6 +380,8 @@ def test_copies_and_pickles_are_paged_by_themselves(tmp_path: Path):
         ({"paged": True, "device_budget": 0.5}, "got 0.5"),
         ({"paged": True, "device_budget": True}, "got True"),
         ({"paged": True, "page_dir": b"/tmp"}, "page_dir must be a path, got b'/tmp'"),
+        ({"paged": True, "page_dir": 3}, "^AdamW8bit: page_dir must be a path, got 3"),
+        ({"paged": True, "page_dir": "\0bad"}, r"^AdamW8bit: page_dir '\\x00bad' cannot be a path: embedded null byte"),
     ],
     ids=str,
 )
@@ -420,8 +422,9 @@ def test_devices_that_cannot_be_paged(monkeypatch: pytest.MonkeyPatch):
 def test_folders_that_cannot_be_written(folder: str, error: type[OSError], reason: str, tmp_path: Path):
     (tmp_path / "file").touch()
     path = tmp_path / folder
-    with pytest.raises(error, match=rf"AdamW8bit: page_dir '{path}' cannot hold 0 bytes of states: {reason}"):
+    with pytest.raises(error, match=rf"AdamW8bit: page_dir '{path}' cannot hold 0 bytes of states: {reason}") as caught:
         optim.AdamW8bit([one()], paged=True, page_dir=path)
+    assert "are free" not in str(caught.value)
 
 
 def assert_nothing_changes(optimizer: optim.Optimizer8bit, params: list[torch.nn.Parameter], message: str) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import octavo
@@ -178,6 +179,22 @@ def test_import_brings_in_no_heavy_package():
     code = f"import sys, octavo; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_integrations_are_imported_by_their_use():
+    code = """
+        import sys, octavo
+        assert not any(name.startswith("octavo.integrations") for name in sys.modules)
+        octavo.integrations
+        assert "octavo.integrations.spqr" not in sys.modules
+        assert callable(octavo.integrations.bitsandbytes.load_bitsandbytes)
+        try:
+            octavo.integrations.nothing
+        except AttributeError as error:
+            print(error)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "module 'octavo.integrations' has no attribute 'nothing'"
 
 
 def test_no_word_of_a_device_in_schemas():

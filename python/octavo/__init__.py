@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  loads the libraries that _C links to
@@ -127,4 +128,6 @@ def __getattr__(name: str) -> Any:
         from .integrations.transformers import OctavoConfig
 
         return OctavoConfig
+    if name == "integrations":  # which imports its modules when they are asked for
+        return importlib.import_module(".integrations", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

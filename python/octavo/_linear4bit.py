@@ -9,7 +9,6 @@ then also ``weight.nested_absmax`` fp32 and ``weight.nested_quant_map`` fp32 [25
 from __future__ import annotations
 
 import json
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ from .reference_states import dynamic_map
 
 MARK = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_STORAGE = (torch.uint8, torch.int8, *_DTYPES.values(), torch.float64)  # all that transformers knows
 
 
 class Header(NamedTuple):
@@ -50,6 +51,8 @@ def read_header(state: dict[str, Tensor]) -> Header:
     raw = state[marks[0]]
     if raw.dtype is not torch.uint8 or raw.dim() != 1:
         raise ValueError(f"{marks[0]} must be uint8 of one dimension, got {raw.dtype} {list(raw.shape)}")
+    if raw.is_meta:
+        raise ValueError(f"{marks[0]} is on the meta device: it must have its {len(raw)} values")
     text = bytes(raw.tolist())
     try:
         described = json.loads(text)
@@ -58,7 +61,7 @@ def read_header(state: dict[str, Tensor]) -> Header:
     if not isinstance(described, dict):
         raise ValueError(f"{marks[0]} must hold an object, got {text[:80]!r}")
 
-    def entry(name: str, kind: type) -> Any:
+    def entry(name: str, kind: type | tuple[type, ...]) -> Any:
         value = described.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{marks[0]} has {name} = {value!r}")
@@ -80,10 +83,10 @@ def read_header(state: dict[str, Tensor]) -> Header:
                 f"nested_blocksize = {described['nested_blocksize']!r}, nested_dtype = {described['nested_dtype']!r}"
             )
             raise ValueError(f"{marks[0]} has {nested}; {NESTED_BLOCKSIZE} and 'float32' can be read")
-        offset = entry("nested_offset", float)
-        if not math.isfinite(offset):
+        offset = entry("nested_offset", (float, int))
+        if not abs(offset) <= torch.finfo(torch.float32).max:  # nor NaN
             raise ValueError(f"{marks[0]} has nested_offset = {offset!r}")
-    return Header(quant_type, blocksize, _DTYPES[dtype], tuple(shape), offset)
+    return Header(quant_type, blocksize, _DTYPES[dtype], tuple(shape), None if offset is None else float(offset))
 
 
 def read_linear4bit(state: dict[str, Tensor]) -> tuple[Header, dict[str, Tensor]]:
@@ -100,16 +103,22 @@ def read_linear4bit(state: dict[str, Tensor]) -> tuple[Header, dict[str, Tensor]
         raise ValueError(f"{', '.join(missing)} missing beside {MARK}{header.quant_type}")
     if unknown := [n for n in state if n.startswith("weight.") and n not in wanted and not n.startswith(MARK)]:
         raise ValueError(f"unknown {', '.join(unknown)} beside {MARK}{header.quant_type}")
-    maps = {"weight.quant_map": code_book(header.quant_type)}
+    maps = {"weight.quant_map": (f"code book of {header.quant_type}", code_book(header.quant_type))}
     if nested:
-        maps["weight.nested_quant_map"] = dynamic_map(True)
-    for name, values in maps.items():
+        maps["weight.nested_quant_map"] = "signed dynamic map", dynamic_map(True)
+    for name, (what, values) in maps.items():
         given = state[name].detach()
+        if given.dtype is not values.dtype or given.shape != values.shape:
+            wanted_map, got = f"{values.dtype} {list(values.shape)}", f"{given.dtype} {list(given.shape)}"
+            raise ValueError(f"{name} must be the {what}, {wanted_map}, got {got}")
         if not given.is_meta and not torch.equal(given.cpu(), values):
-            raise ValueError(
-                f"{name} is not the code book of {header.quant_type}, got {given.flatten()[:4].tolist()} ..."
-            )
+            raise ValueError(f"{name} is not the {what}, got {given.flatten()[:4].tolist()} ...")
     packed = state["weight"].detach()
+    if packed.dtype not in _STORAGE or packed.dim() == 0:
+        raise ValueError(
+            "weight must be bytes, stored as uint8, int8, float16, bfloat16, float32 or float64 of one dimension or "
+            f"more, got {packed.dtype} {list(packed.shape)}"
+        )
     if packed.dtype is not torch.uint8:
         packed = packed.contiguous().view(torch.uint8)
     out = {"weight": packed.flatten(), "absmax": state["weight.absmax"]}

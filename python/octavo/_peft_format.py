@@ -1,7 +1,8 @@
 """LoRA adapters as PEFT stores them: ``adapter_config.json`` and ``adapter_model.safetensors``. Nothing is unpickled.
 
 Tensors are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank]. The metadata of
-files that octavo writes names the class of the model, ``octavo_base_class``, which PEFT does not look at.
+files that octavo writes names the class of the model, ``octavo_base_class``, and how the layers under the adapter were
+quantized, ``octavo_base_quantization`` (`octavo.adapters.base_quantization`), which PEFT does not look at.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from ._frozen import FLOATS, dtype_name
 from .nn_lora import LoRAConfig
 
 FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _BASE_CLASS = "base_model.model.", "octavo_base_class"
+_PREFIX = "base_model.model."
+BASE_CLASS, QUANTIZATION = "octavo_base_class", "octavo_base_quantization"  # in the metadata of tensors
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
 # What says nothing about the product that is computed, and what is read below. All else must be absent or off.
 _INERT = {
@@ -92,7 +94,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{directory} holds no adapter in PEFT's format: it has no {CONFIG}{hint}")
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{where} must hold an object, got {type(config).__name__}")
@@ -109,9 +111,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     names, pattern = (list, str, type(None)), (dict, type(None))
     wanted: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
     wanted |= {"target_modules": names, "exclude_modules": names, "rank_pattern": pattern, "alpha_pattern": pattern}
+    wanted |= {"lora_dropout": (int, float, type(None)), "layers_pattern": names}
+    wanted |= {"layers_to_transform": (int, list, type(None)), "use_rslora": (bool, type(None))}
     for key, kinds in wanted.items():
-        if not isinstance(config.get(key), kinds) or isinstance(config.get(key), bool):
-            raise ValueError(f"{where} has {key} = {config.get(key)!r}")
+        value = config.get(key)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ValueError(f"{where} has {key} = {value!r}")
+        entries = value if isinstance(value, list) else ()
+        if not all(type(entry) is (int if key == "layers_to_transform" else str) for entry in entries):
+            raise ValueError(f"{where} has {key} = {value!r}")
+    for key, kind in (("rank_pattern", (int,)), ("alpha_pattern", (int, float))):
+        for name, value in (config.get(key) or {}).items():
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{where} has {key}[{name!r}] = {value!r}")
     try:
         _settings({**config, "rank_pattern": None, "alpha_pattern": None}, "").check()
         for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
@@ -140,11 +152,24 @@ def read(directory: Path) -> SavedAdapter:
         raise FileNotFoundError(f"{where} does not exist{hint}")
     try:
         with safe_open(where, framework="pt") as file:
-            base_class = (file.metadata() or {}).get(_BASE_CLASS)
+            base_class = (file.metadata() or {}).get(BASE_CLASS)
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:
         raise ValueError(f"{where} is not a whole safetensors file: {error}") from None
     return SavedAdapter(directory, config, _pairs(where, config, tensors), base_class)
+
+
+def read_quantization(directory: Path) -> str | None:
+    """How the base was quantized that the adapter was saved from; None where the file does not say."""
+    where = directory / TENSORS
+    if not where.is_file():
+        return None  # `read` says what is wrong
+    try:
+        with safe_open(where, framework="pt") as file:
+            found: str | None = (file.metadata() or {}).get(QUANTIZATION)
+            return found
+    except SafetensorError as error:
+        raise ValueError(f"{where} is not a whole safetensors file: {error}") from None
 
 
 def _pairs(where: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -188,11 +213,12 @@ def write(
     tensors: Mapping[str, tuple[Tensor, Tensor]],
     settings: Mapping[str, LoRAConfig],
     modules: Iterable[str],
-    base_class: str,
+    about: Mapping[str, str],
     task_type: str | None,
     base_name: str | None,
 ) -> None:
-    """The two files. `modules` are the names of all modules of the model, by which target_modules is kept short."""
+    """The two files. `modules` are the names of all modules of the model, by which target_modules is kept short;
+    `about` goes to the metadata of the tensors."""
     rank = Counter(s.rank for s in settings.values()).most_common(1)[0][0]
     alpha = Counter(s.alpha for s in settings.values()).most_common(1)[0][0]
     config = {
@@ -216,7 +242,7 @@ def write(
     for name, pair in tensors.items():
         for letter, tensor in zip("AB", pair, strict=True):
             state[f"{_PREFIX}{name}.lora_{letter}.weight"] = tensor.detach().cpu().contiguous()
-    save_file(state, directory / TENSORS, metadata={"format": "pt", _BASE_CLASS: base_class})
+    save_file(state, directory / TENSORS, metadata={"format": "pt", **about})
     (directory / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

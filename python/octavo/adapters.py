@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _peft_format
-from ._kinds import MODULES
+from ._kinds import MODULES, method_of
 from .nn_lora import LoRAConfig, LoRALinear, check_adapter_name, check_dtype, device_of, new_adapter
 from .serialization import new_directory
 
@@ -186,9 +186,14 @@ def remove_lora(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the layers that had adapters.
+
+    Raises:
+        ValueError: the model has no adapters.
+        RuntimeError: an adapter is merged.
     """
     model = unwrapped(model)
     layers = adapted_layers(model)
+    _refuse_merged(layers, "remove_lora")
     for layer, names in layers.items():
         for name in names:
             model.set_submodule(name, layer.base_layer)
@@ -359,6 +364,12 @@ def _fit(model: nn.Module, layers: _Names, saved: _peft_format.SavedAdapter) -> 
     if problems:
         raise ValueError(f"{where} does not fit this {kind}: it adapts {_and_more(problems)}")
     lacking = [names[0] for layer, names in layers.items() if layer not in chosen and saved.targets(names[0])]
+    if foreign := [stored for stored in chosen.values() if saved.targets(stored) is False]:
+        wanted, unwanted = saved.config["target_modules"], saved.config.get("exclude_modules")
+        but = f" without exclude_modules {unwanted}" if unwanted else ""
+        raise ValueError(
+            f"{where} holds tensors of {_and_more(foreign)}, which its target_modules {wanted}{but} do not name"
+        )
     if lacking:
         wanted = saved.config["target_modules"]
         raise ValueError(
@@ -412,6 +423,7 @@ def save_adapter(
     settings = {names[0]: layer.adapters[name] for layer, names in layers.items()}
     if len({s.use_rslora for s in settings.values()}) > 1:
         raise ValueError(f"adapter {name!r} has layers with and without use_rslora, which PEFT's format cannot say")
+    made_on = base_quantization(model, name)
     sharded = any(_is_sharded(layer) for layer in layers)
     tensors = {names[0]: (_whole(layer.lora_A[name]), _whole(layer.lora_B[name])) for layer, names in layers.items()}
     for layer_name, pair in tensors.items():
@@ -427,10 +439,25 @@ def save_adapter(
     try:
         if not sharded or torch.distributed.get_rank() == 0:
             with new_directory(directory, overwrite, _peft_format.CONFIG) as path:
-                _peft_format.write(path, tensors, settings, modules, _class_name(model), task, base_name)
+                about = {_peft_format.BASE_CLASS: _class_name(model), _peft_format.QUANTIZATION: made_on}
+                _peft_format.write(path, tensors, settings, modules, about, task, base_name)
     finally:
         if sharded:
             torch.distributed.barrier()
+
+
+def base_quantization(model: nn.Module, name: str) -> str:
+    """How the layers under an adapter are quantized: "none", "int8", "nf4", "nf4 double_quant", "fp4 blocksize=128",
+    ...; where they differ, all of these, by ", "."""
+    return ", ".join(sorted({_quantization_of(layer.base_layer) for layer in _having(unwrapped(model), name)}))
+
+
+def _quantization_of(layer: Any) -> str:
+    method = method_of(layer) or "none"
+    if method != "nf4":
+        return method
+    blocks = "" if layer.blocksize == 64 else f" blocksize={layer.blocksize}"
+    return f"{layer.quant_type}{' double_quant' if layer.double_quant else ''}{blocks}"
 
 
 def _whole(parameter: Any) -> Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import numbers
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -14,6 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._frozen import FLOATS
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 class LoRAConfig(NamedTuple):
@@ -33,10 +39,12 @@ class LoRAConfig(NamedTuple):
         """ValueError unless the numbers can be."""
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ValueError(f"rank must be an integer of 1 or more, got {self.rank!r}")
-        if not 0.0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be a positive number, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if not is_number(self.alpha) or not 0.0 < self.alpha <= sys.float_info.max:
+            raise ValueError(f"alpha must be a positive number, got {self.alpha!r}")
+        if not is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"use_rslora must be True or False, got {self.use_rslora!r}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from .app import _SOURCE_HELP, Threads, _console, _one_line_errors, app
 if TYPE_CHECKING:
     from types import FrameType
 
-    from ..finetune import Result, Watcher
+    from ..finetune import Result, Settings, Watcher
 
 
 @app.command()
@@ -50,6 +51,13 @@ def finetune(
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="What adapters add is scaled by alpha / rank.")] = 16.0,
     dropout: Annotated[float, typer.Option(help="Of the adapters' inputs, in training.")] = 0.05,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            show_default="nf4, fp4: residual",
+            help="Of adapters. residual: begin with what quantization lost (QERA, 2410.06040); zero: as in the paper.",
+        ),
+    ] = None,
     optimizer: Annotated[
         str,
         typer.Option(
@@ -99,7 +107,7 @@ def finetune(
     octavo finetune smollm2 --text novel.txt --out emma --context 256 --steps 100 --lr 5e-4
     octavo finetune smollm2 --text novel.txt --out emma --context 256 --steps 100 --lr 5e-4 --resume
     octavo finetune ./Llama-3.1-8B --text corpus.txt --rank 64 --accumulate 4 --optimizer paged_adamw
-    octavo generate smollm2 --method nf4 --adapter emma/adapter --prompt "Emma was"
+    octavo generate smollm2 --adapter emma/adapter --dtype bf16 --prompt "Emma was"
     ```
     """
     from ..finetune import Settings
@@ -112,6 +120,7 @@ def finetune(
             rank=rank,
             alpha=alpha,
             dropout=dropout,
+            init=init,
             optimizer=optimizer,
             page_dir=None if page_dir is None else str(page_dir),
             device_budget=device_budget,
@@ -137,6 +146,9 @@ def finetune(
         with signals.installed(), _progress(_console(stderr=True), signals) as watcher:
             result = run(model, text, out, settings, resume=resume, watcher=watcher, stop=signals.received)
     _print(_console(), result)
+    if result.adapter is not None:
+        command = shlex.join(generate_command(model, result.adapter, settings))
+        _console().print(f"to try it: {command}", soft_wrap=True, markup=False, highlight=False)
     if not result.finished:
         assert signals.number is not None
         _console(stderr=True).print(
@@ -145,6 +157,15 @@ def finetune(
             soft_wrap=True,
         )
         raise typer.Exit(128 + signals.number)
+
+
+def generate_command(model: str, adapter: Path, settings: Settings) -> list[str]:
+    """The command that loads the base as it was trained on, with this adapter."""
+    method = "none" if settings.method == "16bit" else settings.method
+    words = ["octavo", "generate", model, "--adapter", str(adapter), "--method", method, "--dtype", settings.dtype]
+    if method in ("nf4", "fp4"):
+        words.append("--double-quant" if settings.doubly_quantized else "--no-double-quant")
+    return words
 
 
 class _Signals:

@@ -11,15 +11,17 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..quantize import METHODS
 from .app import _DTYPES, _SOURCE_HELP, Threads, _console, _known_dtype, _one_line_errors, app
 
 _BARE = "none"  # the adapter that is none: the base alone
+_METHODS = ("none", "int8", "nf4", "fp4")
+_4BIT = ("nf4", "fp4")
+_DOUBLE = " double_quant"  # as octavo.adapters.base_quantization has it
 
 
-def _known_method(name: str) -> str:
-    if name not in (known := ("none", *METHODS)):
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
+def _known_method(name: str | None) -> str | None:
+    if name is not None and name not in _METHODS:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(_METHODS)}")
     return name
 
 
@@ -41,11 +43,21 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 200,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            callback=_known_method, help=f"Quantize BASE while loading: {', '.join(METHODS)}. none: as it is stored."
+            callback=_known_method,
+            show_default="what the adapter was trained on, or else none",
+            help="Quantize BASE while loading: int8, nf4, fp4. none: as it is stored.",
         ),
-    ] = "none",
+    ] = None,
+    double_quant: Annotated[
+        bool | None,
+        typer.Option(
+            "--double-quant/--no-double-quant",
+            show_default="on",
+            help="nf4, fp4: the scales in 8 bits, too, as octavo finetune has them.",
+        ),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the model's chat template.")
     ] = False,
@@ -61,8 +73,9 @@ def generate(
 ) -> None:
     """Let BASE answer, with one or several LoRA adapters on it.
 
-    BASE is loaded once, in 4, 8 or 16 bit, and adapters switch without reloading or changing it. On a terminal without
-    --prompt, every line is a prompt; `/adapter NAME` switches, `/adapter none` is the base alone, `/quit` ends it.
+    BASE is loaded once, in 4, 8 or 16 bit: without --method as the first adapter says that its base was, where octavo
+    wrote it. Adapters switch without reloading or changing it. On a terminal without --prompt, every line is a
+    prompt; `/adapter NAME` switches, `/adapter none` is the base alone, `/quit` ends it.
 
     ```sh
     octavo generate ./Llama-3.1-8B --adapter ./my-adapter --method int8 --prompt "Dear reader," --max-tokens 100
@@ -72,8 +85,10 @@ def generate(
     """
     with _one_line_errors():
         wanted = _parse(adapter or ())
+        if double_quant is not None and method not in (None, *_4BIT):
+            raise ValueError(f"--double-quant is of methods nf4 and fp4, not of {method}")
         _check_files(wanted)  # before the base, which takes long to load
-        session = _Session(base, method, _DTYPES[dtype], wanted, chat, max_tokens, temperature, seed)
+        session = _Session(base, method, _DTYPES[dtype], wanted, chat, max_tokens, temperature, seed, double_quant)
         if prompt is None and sys.stdin.isatty():
             session.converse()
             return
@@ -141,27 +156,43 @@ class _Session:
     def __init__(
         self,
         base: str,
-        method: str,
+        method: str | None,
         dtype: str | None,
         wanted: dict[str, Path | None],
         chat: bool,
         max_tokens: int,
         temperature: float,
         seed: int,
+        double_quant: bool | None = None,
     ) -> None:
         import torch
 
         from .. import adapters, models
+        from .._peft_format import read_quantization
 
         source = models.resolve(base)
         self.tokenizer = models.load_tokenizer(source)
         self.chat, self.max_tokens, self.temperature, self.seed = chat, max_tokens, temperature, seed
         if chat and not self.tokenizer.chat_template:
             raise ValueError(f"--chat: the tokenizer of {base} has no chat template")
-        self.model = load_base(source, method, None if dtype is None else getattr(torch, dtype))
+        trained_on = {name: read_quantization(path) for name, path in wanted.items() if path is not None}
+        if method is None:
+            method, recorded = _method_of(next(iter(trained_on.values()), None), source)
+            if double_quant is None:
+                double_quant = recorded
+            elif method not in _4BIT:
+                raise ValueError("--double-quant is of methods nf4 and fp4: give --method nf4 or fp4")
+        self.model = load_base(source, method, None if dtype is None else getattr(torch, dtype), double_quant)
         for name, directory in wanted.items():
             if directory is not None:
                 adapters.load_adapter(self.model, directory, name)
+                base_now = adapters.base_quantization(self.model, name)
+                if trained_on[name] not in (None, base_now):
+                    message = (
+                        f"warning: adapter {name} was trained on a base whose quantization is {trained_on[name]}; here "
+                        f"it is {base_now}: answers may be worse"
+                    )
+                    _console(stderr=True).print(message, soft_wrap=True, markup=False, highlight=False)
         self.names = list(wanted) or [_BARE]
         self.switch(self.names[0])
 
@@ -221,10 +252,28 @@ class _Session:
                 _console(stderr=True).print(escape(str(error)))
 
 
-def load_base(source: Any, method: str, dtype: Any = None) -> Any:
+def _method_of(recorded: str | None, source: Any) -> tuple[str, bool | None]:
+    """Method and double_quant of a base that `octavo.adapters.base_quantization` describes; "none" for one that is
+    quantized already, or not by options of this command."""
+    if recorded is None or source.quantization is not None:
+        return "none", None
+    name = recorded.removesuffix(_DOUBLE)
+    if name in _4BIT:
+        return name, recorded != name
+    return (recorded if recorded in _METHODS else "none"), None
+
+
+def load_base(source: Any, method: str, dtype: Any = None, double_quant: bool | None = None) -> Any:
     """The causal language model at `source` (`octavo.models.resolve`), quantized by `method` unless that is "none".
 
-    For int8, a transformers directory is quantized tensor by tensor while it is read.
+    It is the base that `octavo.finetune` trains on, if `dtype` is the same. For int8, a transformers directory is
+    quantized tensor by tensor while it is read.
+
+    Args:
+        source: of the model.
+        method: "none", "int8", "nf4" or "fp4".
+        dtype: of what is not quantized; None for the one that it is stored in.
+        double_quant: of nf4 and fp4: quantize the scales, too; None: yes.
 
     Raises:
         ModelError: it cannot be read, or is quantized already and `method` is not "none".
@@ -241,5 +290,8 @@ def load_base(source: Any, method: str, dtype: Any = None) -> Any:
     if method == "int8" and source.kind == "transformers":
         return models.load_model(source, dtype, OctavoConfig(method))
     model = models.load_model(source, dtype)
-    quantize_model(model, method, progress=False)
+    if method in _4BIT:
+        quantize_model(model, "nf4", progress=False, quant_type=method, double_quant=double_quant is not False)
+    else:
+        quantize_model(model, method, progress=False)
     return model

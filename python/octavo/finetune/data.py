@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import evaluate, models
-from .settings import Settings
+from .settings import MAX_STEPS, Settings
 
 
 class Text:
@@ -46,7 +46,10 @@ class Text:
                 )
         self.train = evaluate.windows(ids[:end], context)
         self.held_out = evaluate.windows(ids[end:], context, settings.eval_windows)
-        self.total = settings.steps or max(1, math.ceil(settings.epochs * len(self.train) / per_step))
+        steps = float(settings.epochs) * len(self.train) / per_step
+        if settings.steps is None and steps > MAX_STEPS:
+            raise ValueError(f"epochs {settings.epochs!r} of {len(self.train)} windows are more than {MAX_STEPS} steps")
+        self.total = max(1, math.ceil(steps)) if settings.steps is None else settings.steps
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._orders: list[Tensor] = []
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,11 +22,20 @@ from typing import Any
 
 import torch
 
+from .._peft_format import FILES
+from ..nn_lora import is_number
 from ..serialization import new_directory
 
 FORMAT = 1
 MANIFEST, LOSSES, CURVE, ADAPTER = "finetune.json", "losses.jsonl", "losses.png", "adapter"
 _CHECKPOINTS, _STATE, _TRAINING = "checkpoints", "state.json", "training.pt"
+_HASHED = (_TRAINING, *(f"{ADAPTER}/{name}" for name in FILES))  # at least
+_NUMBERS = ("step", "lr", "loss", "grad_norm", "tokens", "seconds")  # of each step
+# What reading a file with any bytes may raise.
+_DAMAGE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError,
+    pickle.UnpicklingError,
+)  # fmt: skip
 _KEPT = 2  # checkpoints: the one before the last is what is left if the disk loses the last
 _Mark = dict[str, Any]
 
@@ -186,16 +197,19 @@ class RunDirectory:
                 state = json.loads((path / _STATE).read_text(encoding="utf-8"))
                 if state["format"] != FORMAT:
                     raise ValueError(f"format {state['format']!r}, this octavo reads {FORMAT}")
+                if missing := [name for name in _HASHED if name not in state["sha256"]]:
+                    raise ValueError(f"{_STATE} has no sha256 of {missing[0]}")
                 for name, sha256 in state["sha256"].items():
                     if _sha256(path / name) != sha256:
                         raise ValueError(f"{name} is not what was written")
-                history = History(state["steps"], {int(at): float(value) for at, value in state["perplexities"]})
+                history = _history(state)
                 if not state["step"] == len(history.steps) == step:
                     raise ValueError(f"{_STATE} is of step {state['step']}, with {len(history.steps)} losses")
                 training = torch.load(path / _TRAINING, map_location="cpu", weights_only=True)
-                return Checkpoint(path, step, int(state["threads"]), history, training)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-                self._damaged[path] = f"{path} is damaged ({error})"
+                return Checkpoint(path, step, state["threads"], history, training)
+            except _DAMAGE as error:
+                reason = f"KeyError: {error}" if isinstance(error, KeyError) else error
+                self._damaged[path] = f"{path} is damaged ({reason})"
         if self._damaged:
             raise ValueError(f"{'; '.join(self._damaged.values())}: remove {self.path} to begin anew")
         return None
@@ -309,6 +323,29 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _history(state: Mapping[str, Any]) -> History:
+    """From a checkpoint's state. ValueError unless every entry is what `RunDirectory.save` writes."""
+
+    def check(valid: bool, what: str, value: object) -> None:
+        if not valid:
+            raise ValueError(f"{_STATE} has {what} = {value!r}")
+
+    steps, perplexities, threads = state["steps"], state["perplexities"], state["threads"]
+    check(type(threads) is int and threads > 0, "threads", threads)
+    check(isinstance(steps, list), "steps", steps)
+    for number, line in enumerate(steps, 1):
+        check(isinstance(line, dict) and line.keys() == set(_NUMBERS), f"steps[{number - 1}]", line)
+        for name, value in line.items():
+            check(is_number(value) and math.isfinite(value), f"steps[{number - 1}] {name}", value)
+        check(line["step"] == number, f"steps[{number - 1}] step", line["step"])
+    check(isinstance(perplexities, list), "perplexities", perplexities)
+    for entry in perplexities:
+        pair = isinstance(entry, list) and len(entry) == 2
+        check(pair and type(entry[0]) is int and 0 <= entry[0] <= len(steps), "perplexities", entry)
+        check(is_number(entry[1]) and math.isfinite(entry[1]), "perplexities", entry)
+    return History(steps, {at: float(value) for at, value in perplexities})
 
 
 def _sha256(path: Path) -> str:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .. import evaluate, models
 from .._version import __version__
-from ..adapters import add_lora, load_adapter, save_adapter
+from ..adapters import add_lora, linear_layers, load_adapter, save_adapter
 from ..quantize import quantize_model
-from . import curve, memory
+from . import curve, memory, residual
 from .data import Text
 from .directory import ADAPTER, CURVE, Checkpoint, History, RunDirectory, open_run, replace
 from .settings import Settings
@@ -170,9 +170,18 @@ class _Trainer:
         rows = self.model.get_input_embeddings().weight.shape[0]
         if data.largest >= rows:
             raise ValueError(f"the tokenizer of {source.path} gives id {data.largest}, the model has {rows} embeddings")
+        weights = [layer.weight for layer in linear_layers(self.model) if isinstance(layer, nn.Linear)]
+        largest = max((min(weight.shape) for weight in weights), default=0)
+        if settings.rank > largest > 0:
+            raise ValueError(f"rank {settings.rank} is more than a linear layer of this model can have: {largest}")
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        watcher.stage(f"quantizing to {settings.method}" if settings.method != "16bit" else "preparing the model")
         self.model.to(device)
+        self.start: residual.Start = {}
+        if settings.from_residual and run.last_step() is None:
+            watcher.stage("measuring what quantization loses")
+            torch.manual_seed(settings.seed)
+            self.start = residual.reconstruct(self.model, data.train, settings)
+        watcher.stage(f"quantizing to {settings.method}" if settings.method != "16bit" else "preparing the model")
         _quantize(self.model, settings)
         self.mark = {"settings": settings.binding(), "model": _sha256(self.model), "data": data.sha256}
         self.history = History()
@@ -184,6 +193,8 @@ class _Trainer:
         torch.manual_seed(settings.seed)  # here, so that all methods begin with the same adapters
         if checkpoint is None:
             add_lora(model, settings.rank, settings.alpha, settings.dropout, name=_NAME)
+            residual.begin_with(model, self.start, _NAME)
+            self.start = {}
         else:
             load_adapter(model, checkpoint.adapter, _NAME, trainable=True)
         if settings.gradient_checkpointing:

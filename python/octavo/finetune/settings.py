@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import optim
-from ..nn_lora import LoRAConfig
+from ..nn_lora import LoRAConfig, is_number
 
 METHODS = ("nf4", "fp4", "int8", "16bit")
 _OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
@@ -26,17 +27,21 @@ OPTIMIZERS = tuple(_OPTIMIZERS)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What may differ when a run goes on: where states live does not change the bits of a step.
 _FREE = ("page_dir", "device_budget", "save_every")
+MAX_STEPS = 10**9
 _COUNTS = ("batch", "accumulate", "context", "eval_windows", "save_every")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe. Defaults are the paper's (appendix B), but for a rank of 16 and batches of 4.
+    """The recipe. Defaults are the paper's (appendix B), but for a rank of 16, batches of 4 and `init`.
 
     Attributes:
         method: of the base: "nf4" or "fp4" (4 bits), "int8", or "16bit": LoRA without quantization.
         double_quant: of nf4 and fp4: quantize the scales, too; None: yes, as in the paper.
         rank, alpha, dropout: of the adapters: see `octavo.add_lora`.
+        init: what adapters begin with: "zero", as in the paper: they change nothing; of nf4 and fp4 also "residual":
+            what quantization lost, as far as their rank goes, on inputs from the text (QERA, arXiv 2410.06040). Such
+            adapters belong to the quantized base. None: "residual" where there is one.
         optimizer: one of `OPTIMIZERS`: with 8-bit states, or fp32 states where the name does not say 8bit; paged states
             may live on the host, or with page_dir in a file. "adamw" is torch's.
         page_dir, device_budget: of paged optimizers: see `octavo.optim.Optimizer8bit`.
@@ -62,6 +67,7 @@ class Settings:
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.05
+    init: str | None = None
     optimizer: str = "paged_adamw8bit"
     page_dir: str | None = None
     device_budget: int | None = None
@@ -88,25 +94,42 @@ class Settings:
         for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("dtype", tuple(_DTYPES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        for name in ("double_quant", "gradient_checkpointing"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "double_quant"):
+                raise ValueError(f"{name} must be True or False, got {value!r}")
         if self.double_quant is not None and self.method not in ("nf4", "fp4"):
             raise ValueError(f"double_quant is of methods nf4 and fp4, not of {self.method}")
+        if self.init not in (None, "zero", "residual"):
+            raise ValueError(f"init {self.init!r} is not one of residual, zero")
+        if self.init == "residual" and not self.from_residual:
+            raise ValueError(f"init residual is of methods nf4 and fp4, not of {self.method}")
         LoRAConfig(self.rank, self.alpha, self.dropout).check()
         for name in (*_COUNTS, "steps", "eval_every"):
             value = getattr(self, name)
             least = 2 if name == "context" else 1
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            if value is None and name in ("steps", "eval_every"):
+                continue
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+        if self.steps is not None and self.steps > MAX_STEPS:
+            raise ValueError(f"steps must be at most {MAX_STEPS}, got {self.steps}")
         for name in ("lr", "epochs", "max_grad_norm"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ValueError(f"warmup must lie in [0, 1], got {self.warmup}")
-        if not 0.0 < self.held_out < 1.0:
-            raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
+            value = getattr(self, name)
+            if not is_number(value) or not 0.0 < value <= sys.float_info.max:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if not is_number(self.weight_decay) or not 0.0 <= self.weight_decay <= sys.float_info.max:
+            raise ValueError(f"weight_decay must be 0 or positive, got {self.weight_decay!r}")
+        if not is_number(self.warmup) or not 0.0 <= self.warmup <= 1.0:
+            raise ValueError(f"warmup must lie in [0, 1], got {self.warmup!r}")
+        if not is_number(self.held_out) or not 0.0 < self.held_out < 1.0:
+            raise ValueError(f"held_out must lie in (0, 1), got {self.held_out!r}")
         if self.steps is not None and self.epochs != 1.0:
             raise ValueError(f"give epochs or steps, not both: got {self.epochs} and {self.steps}")
-        if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be a whole number of 63 bits, got {self.seed}")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be a whole number of 63 bits, got {self.seed!r}")
+        if self.device is not None and not isinstance(self.device, str):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         self.chosen_device()
         self.make_optimizer([torch.zeros(1, requires_grad=True)])  # checks what is the optimizer's, the page_dir too
 
@@ -117,6 +140,10 @@ class Settings:
     @property
     def doubly_quantized(self) -> bool:
         return self.method in ("nf4", "fp4") and self.double_quant is not False
+
+    @property
+    def from_residual(self) -> bool:
+        return self.method in ("nf4", "fp4") and self.init != "zero"
 
     def chosen_device(self) -> torch.device:
         """ValueError unless it is there."""
@@ -164,5 +191,6 @@ class Settings:
         """Those that must be the same for a run to go on."""
         found = {name: value for name, value in asdict(self).items() if name not in _FREE}
         found["double_quant"] = self.doubly_quantized
+        found["init"] = "residual" if self.from_residual else "zero"
         found["device"] = self.chosen_device().type
         return found

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from ..nn import NF4Linear
+from ..nn_lora import is_number
 from .bitsandbytes import Checkpoint
 from .transformers import SAFETENSORS_DTYPES, OctavoConfig, mark_quantized
 
@@ -55,7 +56,10 @@ def build(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
 
 
 def _options(path: Path, checkpoint: Checkpoint, described: dict[str, Any]) -> dict[str, Any]:
-    threshold = {"threshold": float(described.get("llm_int8_threshold", 6.0))}
+    given = described.get("llm_int8_threshold")
+    if given is not None and not is_number(given):
+        raise ValueError(f"{path / 'config.json'} has llm_int8_threshold = {given!r}")
+    threshold = {"threshold": 6.0 if given is None else float(given)}
     if not checkpoint.headers:
         return {"method": "int8", **threshold}
     found = {(header.quant_type, header.blocksize) for header in checkpoint.headers.values()}

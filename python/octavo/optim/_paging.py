@@ -250,8 +250,9 @@ def map_file(folder: str, count: int) -> mmap.mmap:
             _take_space(file.fileno(), count)
             return mmap.mmap(file.fileno(), max(count, 1))
     except OSError as error:
-        have = "" if free is None else f", {free} bytes are free"
         number = error.errno or errno.EIO
+        of_space = free is not None and number in (errno.ENOSPC, errno.EFBIG)
+        have = f", {free} bytes are free" if of_space else ""
         raise OSError(
             number, f"page_dir {folder!r} cannot hold {count} bytes of states: {os.strerror(number)}{have}"
         ) from error
@@ -310,13 +311,15 @@ class Paging:
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
             raise ValueError(f"{owner}: device_budget must be None, 0 or a positive number of bytes, got {budget!r}")
         if folder is not None:
-            folder = os.fspath(folder)
+            given, folder = folder, os.fspath(folder) if isinstance(folder, str | os.PathLike) else None
             if not isinstance(folder, str):
-                raise ValueError(f"{owner}: page_dir must be a path, got {folder!r}")
+                raise ValueError(f"{owner}: page_dir must be a path, got {given!r}")
             try:
                 map_file(folder, 0)  # now, not hours of loading data later
             except OSError as error:
                 raise _of(owner, error) from error
+            except ValueError as error:  # a NUL, or what no name can be encoded to
+                raise ValueError(f"{owner}: page_dir {folder!r} cannot be a path: {error}") from error
         return Paging(owner, folder, budget)
 
     def check(self, param: Tensor, where: str) -> None:
