@@ -49,15 +49,18 @@ __device__ __forceinline__ float offset_of(const LowBitTensor& t) {
 struct LowBitReader {
   const LowBitTensor& t;
   const float* values;
-  int bits, log2_blocksize;
+  int bits;
   float offset;
+  int log2_blocksize;
 
   __device__ explicit LowBitReader(const LowBitTensor& from)
       : t(from),
         values(from.type == QuantType::nf8 ? kGpuByteBook.value : kGpuBooks[static_cast<int>(from.type)].value),
         bits(bits_of(from.type)),
-        log2_blocksize(__ffs(static_cast<int>(from.blocksize)) - 1),
-        offset(offset_of(from)) {}
+        offset(offset_of(from)) {
+    // Not above: initializers, unlike this, are what nvcc's host compiler sees, and it has no __ffs.
+    log2_blocksize = __ffs(static_cast<int>(from.blocksize)) - 1;
+  }
 
   __device__ float operator()(int64_t i) const {
     RawAbsmax absmax;
