@@ -13,7 +13,7 @@ from compare import FLOATS, special_rows
 from conftest import Ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from octavo import reference
+from octavo import nf4, reference
 from octavo.nf4 import BLOCKSIZES
 from octavo.ops_nf4 import BITS
 from torch import Tensor
@@ -100,6 +100,14 @@ def test_the_code_books_are_the_published_ones(ops: Ops, quant_type: str):
             assert bool(((values - defined).abs() <= 2e-7).all())
         else:
             assert_bits(values, defined)
+
+
+def test_the_compiled_code_books_are_the_references():
+    for name in ("nf2", "nf3", "nf4", "nf8", "fp4"):
+        assert_bits(nf4.code_book(name), reference.code_book(name))
+    assert_bits(nf4.code_book("dynamic"), reference.dynamic_map(True))
+    with pytest.raises(ValueError, match="no code book is called nf5"):
+        nf4.code_book("nf5")
 
 
 def test_the_code_books_are_those_of_bitsandbytes():

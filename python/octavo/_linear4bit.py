@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .nf4 import NESTED_BLOCKSIZE, NF4Weight, check_options
-from .reference_nf4 import code_book
-from .reference_states import dynamic_map
+from .nf4 import NESTED_BLOCKSIZE, NF4Weight, check_options, code_book
 
 MARK = "weight.quant_state.bitsandbytes__"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -105,7 +103,7 @@ def read_linear4bit(state: dict[str, Tensor]) -> tuple[Header, dict[str, Tensor]
         raise ValueError(f"unknown {', '.join(unknown)} beside {MARK}{header.quant_type}")
     maps = {"weight.quant_map": (f"code book of {header.quant_type}", code_book(header.quant_type))}
     if nested:
-        maps["weight.nested_quant_map"] = "signed dynamic map", dynamic_map(True)
+        maps["weight.nested_quant_map"] = "signed dynamic map", code_book("dynamic")
     for name, (what, values) in maps.items():
         given = state[name].detach()
         if given.dtype is not values.dtype or given.shape != values.shape:
@@ -151,7 +149,7 @@ def write_linear4bit(w: NF4Weight) -> dict[str, Tensor]:
         described |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
         described["nested_offset"] = w.offset.item()
         out["weight.nested_absmax"] = w.nested_absmax
-        out["weight.nested_quant_map"] = dynamic_map(True).to(device)
+        out["weight.nested_quant_map"] = code_book("dynamic").to(device)
     text = json.dumps(described).encode()
     out[MARK + w.quant_type] = torch.tensor(list(text), dtype=torch.uint8, device=device)
     return out
