@@ -16,6 +16,11 @@ static void define_ops(Library& m) {
   m.def(
       "quantize_rowwise_columnwise(Tensor x) -> "
       "(Tensor row_codes, Tensor row_scale, Tensor column_codes, Tensor column_scale)");
+  m.def("quantize_tensorwise_transpose(Tensor x) -> (Tensor codes, Tensor transposed, Tensor scale)");
+  m.def("quantize_columnwise_transpose(Tensor x, Tensor? seed=None) -> (Tensor transposed, Tensor scale)");
+  m.def(
+      "quantize_rowwise_columnwise_transpose(Tensor x, Tensor? seed=None) -> "
+      "(Tensor row_codes, Tensor row_scale, Tensor transposed, Tensor column_scale)");
   m.def("dequantize_rowwise(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor");
   // outlier columns
   m.def("find_outlier_columns(Tensor x, float threshold) -> (Tensor columns, Tensor count)");

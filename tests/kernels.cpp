@@ -15,12 +15,13 @@ namespace {
 
 #define KERNELS_OF(machine)                                                                                   \
   machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows,      \
-      machine::outlier_flags, machine::compact_columns, machine::extract_columns, machine::decompose,         \
-      machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks, machine::optim_step,          \
-      machine::csr_matmul_workspace, machine::csr_transposed_workspace, machine::csr_grad_values_workspace,   \
-      machine::csr_matmul, machine::csr_matmul_transposed, machine::csr_grad_values, machine::spqr_workspace, \
-      machine::spqr_matmul, machine::spqr_dequantize, machine::quantize_low_bit, machine::dequantize_low_bit, \
-      machine::nf4_workspace, machine::nf4_matmul, machine::nf4_workspace_transposed, machine::nf4_matmul_transposed
+      machine::encode_transposed, machine::outlier_flags, machine::compact_columns, machine::extract_columns, \
+      machine::decompose, machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks,           \
+      machine::optim_step, machine::csr_matmul_workspace, machine::csr_transposed_workspace,                  \
+      machine::csr_grad_values_workspace, machine::csr_matmul, machine::csr_matmul_transposed,                \
+      machine::csr_grad_values, machine::spqr_workspace, machine::spqr_matmul, machine::spqr_dequantize,      \
+      machine::quantize_low_bit, machine::dequantize_low_bit, machine::nf4_workspace, machine::nf4_matmul,    \
+      machine::nf4_workspace_transposed, machine::nf4_matmul_transposed
 
 std::vector<Backend> backends() {
   std::vector<Backend> all;
@@ -100,6 +101,39 @@ void test_columns(Shape s, bool with_rows) {
   check_same(row_codes, want_row_codes, where + ".row_codes");
 }
 
+// stride: of absmax, 0 for one of the whole matrix.
+template <class T>
+void test_transposed(Shape s, int stride, bool with_codes, bool with_seed) {
+  Buffer<T> x = hard_matrix<T>(s.rows, s.cols);
+  for (int64_t e = 0; e < x.size() && stride == 0; ++e)  // one would make all codes 0
+    if (abs_bits(to_float(x[e])) >= 0x7f800000u) x[e] = from_float<T>(1.0f);
+  const int64_t scales = stride ? s.cols : 1, seed = 0x123456789abcdef;
+  Buffer<uint32_t> absmax(scales);
+  for (int64_t e = 0; e < x.size(); ++e) {
+    uint32_t& most = absmax[stride ? e % s.cols : 0];
+    most = std::max(most, abs_bits(to_float(x[e])));
+  }
+  Buffer<int8_t> codes(with_codes ? x.size() : 0), want_codes(codes.size()), turned(x.size()), want_turned(x.size());
+  Buffer<float> scale(scales), want_scale(scales);
+  for (int64_t j = 0; j < scales; ++j) want_scale[j] = scale_of(absmax[j]);
+  for (int64_t i = 0; i < s.rows; ++i)
+    for (int64_t j = 0; j < s.cols; ++j) {
+      const float v = to_float(x[i * s.cols + j]), inverse = inverse_scale_of(absmax[stride ? j : 0]);
+      const uint32_t random = element_bits(row_key(mix_seed(seed), i), j);
+      const int8_t code = with_seed ? encode_at_random(v, inverse, random) : encode(v, inverse);
+      want_turned[j * s.rows + i] = code;
+      if (with_codes) want_codes[i * s.cols + j] = code;
+    }
+  const DType dtype = dtype_of<T>::value;
+  backend->encode_transposed({x.data(), dtype, absmax.data(), stride, with_codes ? codes.data() : nullptr,
+                              turned.data(), scale.data(), with_seed ? &seed : nullptr, s.rows, s.cols},
+                             nullptr);
+  const std::string where = "encode_transposed" + shape(s.rows, s.cols, dtype) + (with_seed ? " at random" : "");
+  check_same(scale, want_scale, where + ".scale");
+  check_same(codes, want_codes, where + ".codes");
+  check_same(turned, want_turned, where + ".transposed");
+}
+
 // kind: of hard_value, for the whole tensor; the special value at any place must decide.
 template <class T>
 void test_tensor(int64_t count, int kind) {
@@ -128,6 +162,9 @@ void test_quantize() {
       test_rows<T>(s, kThreshold, false);
       test_rows<T>(s, kThreshold, true);
       test_columns<T>(s, false);
+      test_transposed<T>(s, 0, true, false);
+      test_transposed<T>(s, 1, false, false);
+      test_transposed<T>(s, 1, false, true);
       test_columns<T>(s, true);
     }
     for (const int64_t count : {0, 1, 7, 16, 257, 4096, 70001})

@@ -9,9 +9,11 @@
 #include "blockwise/blockwise.h"
 #include "check.h"
 #include "common/numeric.h"
+#include "common/random.h"
 #include "int8/decompose.h"
 #include "int8/gemm.h"
 #include "int8/quantize.h"
+#include "int8/transpose.h"
 #include "nf4/nf4.h"
 #include "optim8/optim8.h"
 #include "outlier/outlier.h"
@@ -30,6 +32,7 @@ struct Backend {
   decltype(&cpu::quantize_columns) quantize_columns;
   decltype(&cpu::quantize_tensor) quantize_tensor;
   decltype(&cpu::dequantize_rows) dequantize_rows;
+  decltype(&cpu::encode_transposed) encode_transposed;
   decltype(&cpu::outlier_flags) outlier_flags;
   decltype(&cpu::compact_columns) compact_columns;
   decltype(&cpu::extract_columns) extract_columns;

@@ -136,6 +136,14 @@ HD int8_t encode(float v, float inverse) {
   return static_cast<int8_t>(q < -127 ? -127 : q > 127 ? 127 : q);
 }
 
+// The integer below v * inverse or the one above, the nearer the likelier: random is 32 uniform bits, of which the
+// upper 24 count. Its mean is v * inverse up to fp32's rounding of the sum.
+HD int8_t encode_at_random(float v, float inverse, uint32_t random) {
+  if (inverse == 0.0f) return 0;
+  const float q = std::floor(v * inverse + static_cast<float>(random >> 8) * 0x1p-24f);
+  return static_cast<int8_t>(q < -127.0f ? -127.0f : q > 127.0f ? 127.0f : q);
+}
+
 // ---- epilogue of the int8 product ----
 
 // Two steps, because outlier columns enter in between (int8/gemm.h): x * code has the scale of the weight's row only,

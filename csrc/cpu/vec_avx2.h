@@ -218,6 +218,7 @@ struct Vec {
   static U rotate_left_1(U v) { return _mm256_or_si256(_mm256_slli_epi32(v, 1), _mm256_srli_epi32(v, 31)); }
   static U shift_right_by(U v, U n) { return _mm256_srlv_epi32(v, n); }
   static F to_float(U v) { return _mm256_cvtepi32_ps(v); }
+  static F floor(F v) { return _mm256_round_ps(v, 0x09); }
   static F round(F v) { return _mm256_round_ps(v, 0x08); }    // half to even
   static U to_integer(F v) { return _mm256_cvtps_epi32(v); }  // half to even
   static F abs(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }

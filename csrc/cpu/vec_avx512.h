@@ -159,6 +159,7 @@ struct Vec {
   static U rotate_left_1(U v) { return _mm512_rol_epi32(v, 1); }
   static U shift_right_by(U v, U n) { return _mm512_srlv_epi32(v, n); }
   static F to_float(U v) { return _mm512_cvtepi32_ps(v); }
+  static F floor(F v) { return _mm512_roundscale_ps(v, 0x09); }
   static F round(F v) { return _mm512_roundscale_ps(v, 0x08); }  // half to even
   static U to_integer(F v) { return _mm512_cvtps_epi32(v); }     // half to even
   static F abs(F v) { return _mm512_abs_ps(v); }

@@ -13,7 +13,7 @@ struct Vec {
 
   template <class T>
   static F load(const T* p, int = kWidth) {
-    return to_float(*p);
+    return octavo::to_float(*p);
   }
   static F load(const int8_t* p, int = kWidth) { return static_cast<float>(*p); }
   static F load(const int32_t* p, int = kWidth) { return static_cast<float>(*p); }
@@ -55,6 +55,8 @@ struct Vec {
   static F select(M mask, F yes, F no) { return mask ? yes : no; }
   static int count(M mask) { return mask; }
 
+  static F floor(F v) { return std::floor(v); }
+  static F to_float(U v) { return static_cast<F>(v); }                 // below 2^31
   static F round(F v) { return std::nearbyintf(v); }                   // half to even
   static U to_integer(F v) { return static_cast<U>(std::lrintf(v)); }  // half to even
   static U set_bits(uint32_t v) { return v; }

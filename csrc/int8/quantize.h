@@ -17,13 +17,14 @@ struct QuantizeRows {
   int64_t rows, cols;
 };
 
-// Per column, or per tensor (scale[1]). One struct for both and for rows + columns together.
+// Columns, and rows and columns together. Without scale (null) the columns' absmax is all that is wanted of them:
+// encode_transposed makes the rest of it. So for a tensor.
 struct QuantizeColumns {
   const void* x;  // [rows, cols]
   DType dtype;
   int8_t* codes;      // [rows, cols], by the column's scale
-  float* scale;       // [cols]
-  uint32_t* absmax;   // [cols] workspace: abs_bits
+  float* scale;       // [cols] or null
+  uint32_t* absmax;   // [cols]: abs_bits
   int8_t* row_codes;  // [rows, cols] by the row's scale, or null
   float* row_scale;   // [rows] or null: only the columns' codes are wanted (row_codes is null for cols = 0 too)
   int64_t rows, cols;
@@ -33,8 +34,8 @@ struct QuantizeTensor {
   const void* x;  // [count]
   DType dtype;
   int8_t* codes;     // [count]
-  float* scale;      // [1]
-  uint32_t* absmax;  // [1] workspace: abs_bits
+  float* scale;      // [1] or null
+  uint32_t* absmax;  // [1]: abs_bits
   int64_t count;
 };
 

@@ -52,6 +52,7 @@ void quantize_columns(const QuantizeColumns& p, Stream) {
     }
     for (int64_t j = 0; j < p.cols; ++j) raise(p.absmax + j, mine[j]);
   });
+  if (!p.scale) return;
   const std::unique_ptr<float[]> inverse(new float[p.cols]);
   for (int64_t j = 0; j < p.cols; ++j) {
     p.scale[j] = scale_of(p.absmax[j]);
@@ -71,6 +72,7 @@ void quantize_tensor(const QuantizeTensor& p, Stream) {
     loops.absmax(element(p.x, p.dtype, begin), p.dtype, end - begin, &mine);
     raise(p.absmax, mine);
   });
+  if (!p.scale) return;
   *p.scale = scale_of(*p.absmax);
   const float inverse = inverse_scale_of(*p.absmax);
   parallel_for(p.count, kElementGrain, [&](int64_t begin, int64_t end) {

@@ -208,6 +208,7 @@ void launch_columns(const QuantizeColumns& p, Stream stream) {
     auto kernel = column_absmax_kernel<T, kWidth>;
     LAUNCH(kernel, grid, block, 0, stream, p);
   }
+  if (p.scale == nullptr) return;
   auto kernel = encode_columns_kernel<T, kWidth>;
   LAUNCH(kernel, grid, block, 0, stream, p);
 }
@@ -260,6 +261,7 @@ void launch_tensor(const QuantizeTensor& p, Stream stream) {
     auto kernel = tensor_absmax_kernel<T, kWidth>;
     LAUNCH(kernel, grid, dim3(kFlatThreads), 0, stream, p);
   }
+  if (p.scale == nullptr) return;
   auto kernel = encode_tensor_kernel<T, kWidth>;
   LAUNCH(kernel, grid, dim3(kFlatThreads), 0, stream, p);
 }

@@ -8,6 +8,7 @@
 // gradient, so does the rule (l2).
 #include <cmath>
 
+#include "common/random.h"
 #include "optim8/optim8.h"
 
 namespace octavo {
@@ -276,19 +277,9 @@ void dispatch_rule(Rule rule, const F& call) {
 // ---- random bits for stochastic rounding ----
 
 // Of one parameter in one step; then mix_bits(key_of_block(key, first) + j) for an element. A hash, so that every
-// machine and order gives the same numbers (the mixing is the 32-bit finaliser of C. Wellons' search, "lowbias32").
-HD uint32_t mix_bits(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
+// machine and order gives the same numbers.
 HD uint32_t random_key(uint64_t seed, uint32_t id, double t) {
-  uint32_t key = mix_bits(static_cast<uint32_t>(seed) + 0x9e3779b9u);
-  key = mix_bits(key ^ static_cast<uint32_t>(seed >> 32));
-  key = mix_bits(key ^ id);
+  const uint32_t key = mix_bits(mix_seed(seed) ^ id);
   return mix_bits(key ^ static_cast<uint32_t>(static_cast<uint64_t>(t)));
 }
 

@@ -29,6 +29,9 @@ from .ops_sparse import csr_matmul_transposed as csr_matmul_transposed
 from .ops_spqr import spqr_dequantize as spqr_dequantize
 from .ops_spqr import spqr_linear as spqr_linear
 from .ops_spqr import spqr_quantize_columns as spqr_quantize_columns
+from .ops_transpose import quantize_columnwise_transpose as quantize_columnwise_transpose
+from .ops_transpose import quantize_rowwise_columnwise_transpose as quantize_rowwise_columnwise_transpose
+from .ops_transpose import quantize_tensorwise_transpose as quantize_tensorwise_transpose
 
 # ---- quantization --------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from .reference_nf4 import nf4_linear as nf4_linear
 from .reference_nf4 import nf4_linear_transposed as nf4_linear_transposed
 from .reference_nf4 import nf4_quantize as nf4_quantize
 from .reference_nf4 import normal_float as normal_float
+from .reference_optim import mix_bits as mix_bits
 from .reference_optim import optim_step as optim_step
 from .reference_optim import optim_table as optim_table
 from .reference_spqr import spqr_quantize_columns as spqr_quantize_columns
@@ -82,6 +83,37 @@ def quantize_tensorwise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_rowwise_columnwise(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*quantize_rowwise(x), *quantize_columnwise(x))
+
+
+def quantize_tensorwise_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale = quantize_tensorwise(x)
+    return codes, _rows(codes).t().contiguous(), scale
+
+
+def quantize_columnwise_transpose(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    values = _rows(x.float())
+    scale, inverse = _scales(_absmax(values, 0))
+    if seed is None:
+        codes = _encode(values, inverse, torch.zeros_like(values, dtype=torch.bool))
+    else:
+        uniform = (_element_bits(int(seed), *values.shape) >> 8).float().to(x.device) * 2.0**-24
+        codes = torch.floor(values * inverse + uniform).clamp(-127, 127)
+        codes = codes.masked_fill(inverse == 0, 0).to(torch.int8)
+    return codes.t().contiguous(), scale
+
+
+def _element_bits(seed: int, rows: int, cols: int) -> Tensor:
+    """32 random bits for each element of a matrix (csrc/common/random.h), in int64."""
+    seed &= (1 << 64) - 1
+    key = mix_bits(mix_bits((seed & 0xFFFFFFFF) + 0x9E3779B9 & 0xFFFFFFFF) ^ seed >> 32)
+    of_row = mix_bits(torch.arange(rows)[:, None] ^ key)
+    return mix_bits(of_row + torch.arange(cols) & 0xFFFFFFFF)
+
+
+def quantize_rowwise_columnwise_transpose(
+    x: Tensor, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*quantize_rowwise(x), *quantize_columnwise_transpose(x, seed))
 
 
 def find_outlier_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

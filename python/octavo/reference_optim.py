@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -306,7 +307,10 @@ def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor, key: int | None
     return _from_blocks(state_code_dithered(scaled, signed, draw), row), absmax
 
 
-def _mix(x: Tensor | int) -> Tensor | int:
+_Bits = TypeVar("_Bits", Tensor, int)
+
+
+def mix_bits(x: _Bits) -> _Bits:
     """32 bits of the hash that makes random numbers, in int64."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D & 0xFFFFFFFF
@@ -317,15 +321,14 @@ def _mix(x: Tensor | int) -> Tensor | int:
 
 def _round_at_random(x: Tensor, row: int, seed: int, number: int, t: float) -> Tensor:
     seed &= (1 << 64) - 1
-    key = _mix((seed & 0xFFFFFFFF) + 0x9E3779B9 & 0xFFFFFFFF)
+    key = mix_bits((seed & 0xFFFFFFFF) + 0x9E3779B9 & 0xFFFFFFFF)
     for word in (seed >> 32, number, int(t) & 0xFFFFFFFF):
-        key = _mix(key ^ word)
+        key = mix_bits(key ^ word)
     index = torch.arange(x.numel(), device=x.device)
     within = index % row % _BLOCK  # the block's first element enters apart, for more than 2^32
     first = index - within
     high = first >> 32
-    random = _mix((_mix(high ^ key) + first + within) & 0xFFFFFFFF)
-    assert isinstance(random, Tensor)
+    random = mix_bits((mix_bits(high ^ key) + first + within) & 0xFFFFFFFF)
     bits = x.view(torch.int32).long() & 0xFFFFFFFF
     bits = bits + torch.where(x.isfinite(), random & 0xFFFF, 0)
     return (bits >> 16 << 48 >> 48).to(torch.int16).view(torch.bfloat16)

@@ -1,0 +1,1 @@
+#include "int8/transpose_cuda.cu"
