@@ -20,6 +20,8 @@ from .adapters import (
     set_adapter,
 )
 from .autograd import csr_matmul, int8_linear_train, int8_matmul, nf4_matmul, spqr_matmul
+from .autograd_switchback import QuantizedWeight, fp8_linear, quantize_weight, switchback_linear
+from .convert import Conversion, convert_linears, prepare_for_eval
 from .merging import MergeReport, merge_adapter, unmerge_adapter
 from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
 from .ops import (
@@ -61,12 +63,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Conversion",
     "MergeReport",
     "NF4Weight",
     "OctavoConfig",
+    "QuantizedWeight",
     "Report",
     "__version__",
     "add_lora",
+    "convert_linears",
     "csr_grad_values",
     "csr_matmul",
     "csr_matmul_add",
@@ -81,6 +86,7 @@ __all__ = [
     "extract_columns",
     "extract_int8_columns",
     "find_outlier_columns",
+    "fp8_linear",
     "int8_gemm",
     "int8_linear",
     "int8_linear_train",
@@ -99,6 +105,7 @@ __all__ = [
     "optim",
     "optim_step",
     "optim_table",
+    "prepare_for_eval",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_columnwise",
@@ -109,6 +116,7 @@ __all__ = [
     "quantize_rowwise_columnwise_transpose",
     "quantize_tensorwise",
     "quantize_tensorwise_transpose",
+    "quantize_weight",
     "reference",
     "remove_lora",
     "save_adapter",
@@ -119,6 +127,7 @@ __all__ = [
     "spqr_linear",
     "spqr_matmul",
     "spqr_quantize_columns",
+    "switchback_linear",
     "unmerge_adapter",
     "validate_csr",
 ]

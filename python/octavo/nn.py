@@ -14,16 +14,21 @@ from ._frozen import FLOATS as _FLOATS
 from ._frozen import FrozenBuffers
 from ._frozen import dtype_name as _dtype
 from .autograd import int8_matmul
+from .nn_attention import SwitchBackMultiheadAttention
 from .nn_lora import LoRALinear
 from .nn_nf4 import NF4Linear
 from .nn_spqr import SpQRLinear
+from .nn_switchback import LayerScale, SwitchBackLinear
 
 __all__ = [
     "Int8Linear",
+    "LayerScale",
     "LoRALinear",
     "NF4Linear",
     "SpQRLinear",
     "StableEmbedding",
+    "SwitchBackLinear",
+    "SwitchBackMultiheadAttention",
     "check_state",
     "check_threshold",
     "check_weight",

@@ -1,0 +1,231 @@
+"""`convert_linears`: the linear layers of a model to modules that train in 8 bit, where they stand, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ._frozen import FLOATS, dtype_name
+from .autograd_switchback import _MAX_K, check_options
+from .nn_attention import SwitchBackMultiheadAttention
+from .nn_switchback import Int8Weight, SwitchBackLinear
+
+_OPTIONS: dict[str, Any] = {"variant": "switchback", "k_split": None, "stochastic_rounding": False}
+_CONVERTED = (SwitchBackLinear, SwitchBackMultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_linears` did.
+
+    Attributes:
+        converted: names of the modules that are of another class now.
+        left: names of the modules that were asked for and stay what they are, with the reason.
+    """
+
+    converted: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def convert_linears(
+    model: nn.Module,
+    cls: type[nn.Linear] = SwitchBackLinear,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = ("lm_head",),
+    **options: Any,
+) -> Conversion:
+    """Turn linear layers into `octavo.nn.SwitchBackLinear`, and attention into
+    `octavo.nn.SwitchBackMultiheadAttention`, or back.
+
+    Modules change their class where they stand: parameters, hooks, names, training mode and whatever else refers to
+    them stay as they are, so that it makes no difference whether the optimizer was made before or after. That of
+    ``convert_linears(model, SwitchBackLinear)`` undoes ``convert_linears(model, torch.nn.Linear)``.
+
+    Converted are modules whose type is exactly `torch.nn.Linear` (also a fused query-key-value projection) or
+    `torch.nn.MultiheadAttention`, whose projections are converted together. All is checked before anything is changed.
+    Parameters that are frozen or shared with another module stay so. Layers that are converted already, with the same
+    options, are left; modules may be on several devices.
+
+    Args:
+        model: converted in place; it may be such a module itself.
+        cls: `SwitchBackLinear`, or `torch.nn.Linear` to go back.
+        include: patterns (as of `fnmatch`, or plain names) of which a module's full name, or its last component, must
+            match one; None: all.
+        exclude: patterns of which none may match.
+        options: of `SwitchBackLinear`: variant, k_split, stochastic_rounding.
+
+    Returns:
+        The names of what was converted, and of what was left and why.
+
+    Raises:
+        ValueError: unknown options or variant, patterns that match nothing, no layer to convert, a weight of another
+            dtype or wider than 131071, layers that have other options already or were prepared for evaluation.
+    """
+    backwards = cls is nn.Linear
+    if not backwards and cls is not SwitchBackLinear:
+        raise ValueError(f"cls must be octavo.nn.SwitchBackLinear, or torch.nn.Linear to go back, got {cls!r}")
+    if unknown := [name for name in options if backwards or name not in _OPTIONS]:
+        known = "none for torch.nn.Linear" if backwards else ", ".join(_OPTIONS)
+        raise ValueError(f"unknown option {unknown[0]!r}; known: {known}")
+    settings = _OPTIONS | options
+    check_options(**settings)
+    result = Conversion()
+    chosen: list[nn.Module] = []
+    for module, names in _matching(model, include, exclude):
+        name = names[0]
+        if backwards:
+            if not isinstance(module, _CONVERTED):
+                continue
+            if module.prepared:
+                raise ValueError(f"{name!r} was prepared for evaluation: its float weight is gone. Load the model anew")
+        elif isinstance(module, _CONVERTED):
+            _check_same(module, name, settings)
+            result.left[name] = "converted already"
+            continue
+        elif reason := _unsuited(module):
+            result.left[name] = reason
+            continue
+        else:
+            _check(module, name)
+        chosen.append(module)
+        result.converted.append(name)
+    if not result.converted and not any(why == "converted already" for why in result.left.values()):
+        left = "".join(f"; {name}: {why}" for name, why in result.left.items())
+        what = "SwitchBackLinear" if backwards else "torch.nn.Linear or torch.nn.MultiheadAttention"
+        raise ValueError(f"there is no {what} to convert in {type(model).__name__}{left}")
+    for module in chosen:
+        _turn_back(module) if backwards else _turn(module, settings)
+    _set_fast_path(model)
+    return result
+
+
+def prepare_for_eval(model: nn.Module) -> list[str]:
+    """`octavo.nn.SwitchBackLinear.prepare_for_eval` for all such layers, attention included: only int8 weights stay.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ValueError: no such layer; one that cannot be prepared, before any layer is changed but itself.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Weight):
+            try:
+                module.prepare_for_eval()
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from None
+            names.append(name)
+    if not names:
+        raise ValueError(f"there is no SwitchBackLinear in {type(model).__name__}: convert_linears makes them")
+    return names
+
+
+def _matches(names: Sequence[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern) for name in names)
+
+
+def _matching(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]
+) -> list[tuple[nn.Module, list[str]]]:
+    """Linear layers and attentions, with all names of each, that the patterns choose."""
+    for what, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise ValueError(f"{what} must be a list of patterns, got the string {patterns!r}")
+    names: dict[nn.Module, list[str]] = {}
+    inside: set[nn.Module] = set()  # output projections belong to their attention
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            inside.add(module.out_proj)
+        if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and module not in inside:
+            names.setdefault(module, []).append(name)
+    for pattern in include or ():
+        if not any(_matches(own, pattern) for own in names.values()):
+            raise ValueError(f"include: no linear layer or attention of {type(model).__name__} matches {pattern!r}")
+    return [
+        (module, own)
+        for module, own in names.items()
+        if (include is None or any(_matches(own, pattern) for pattern in include))
+        and not any(_matches(own, pattern) for pattern in exclude)
+    ]
+
+
+def _unsuited(module: nn.Module) -> str | None:
+    """Why a module stays what it is."""
+    if type(module) is nn.Linear:
+        return None
+    if type(module) is not nn.MultiheadAttention:
+        return f"its type is {type(module).__name__}: what a subclass adds would be lost"
+    if module.in_proj_weight is None:
+        return "its keys or values have another width than its queries"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "it has add_bias_kv or add_zero_attn"
+    if type(module.out_proj) is not NonDynamicallyQuantizableLinear:
+        return f"its output projection is a {type(module.out_proj).__name__}"
+    return None
+
+
+def _check(module: Any, name: str) -> None:
+    weights = {"weight": module.weight, "bias": module.bias} if isinstance(module, nn.Linear) else {}
+    if isinstance(module, nn.MultiheadAttention):
+        weights = {"in_proj_weight": module.in_proj_weight, "out_proj.weight": module.out_proj.weight}
+    for what, weight in weights.items():
+        if weight is None:
+            continue
+        if weight.dtype not in FLOATS:
+            raise ValueError(f"{name}: {what} must be float32, float16 or bfloat16, got {dtype_name(weight)}")
+        if max(weight.shape) > _MAX_K and weight.dim() == 2:
+            raise ValueError(
+                f"{name}: {what} of shape {list(weight.shape)} is wider than {_MAX_K}, where a sum of int8 products "
+                "can leave int32: exclude it"
+            )
+
+
+def _check_same(module: Any, name: str, settings: dict[str, Any]) -> None:
+    own = {option: getattr(module, option) for option in _OPTIONS}
+    if own != settings:
+        was = ", ".join(f"{key}={value!r}" for key, value in own.items() if value != settings[key])
+        raise ValueError(
+            f"{name!r} is converted already, with {was}: go back by convert_linears(model, nn.Linear) first"
+        )
+
+
+def _turn(module: Any, settings: dict[str, Any]) -> None:
+    if isinstance(module, nn.MultiheadAttention):
+        module.__class__ = SwitchBackMultiheadAttention
+        out_proj: Any = module.out_proj
+        out_proj.__class__ = SwitchBackLinear
+        out_proj._set_options(**settings)
+    else:
+        module.__class__ = SwitchBackLinear
+    module._set_options(**settings)
+
+
+def _turn_back(module: Any) -> None:
+    module._clear_options()
+    if isinstance(module, nn.MultiheadAttention):
+        out_proj: Any = module.out_proj
+        out_proj._clear_options()
+        out_proj.__class__ = NonDynamicallyQuantizableLinear
+        module.__class__ = nn.MultiheadAttention
+    else:
+        module.__class__ = nn.Linear
+
+
+def _set_fast_path(model: nn.Module) -> None:
+    """For evaluation `torch.nn.TransformerEncoderLayer` has a kernel of its own, which takes the weights of its modules
+    and leaves these out: not where one of them computes in int8."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            own = module.__dict__
+            int8 = any(isinstance(part, Int8Weight) for part in module.children())
+            if int8 and "_octavo_activation" not in own:
+                own["_octavo_activation"] = own["activation_relu_or_gelu"]
+                own["activation_relu_or_gelu"] = 0
+            elif not int8 and "_octavo_activation" in own:
+                own["activation_relu_or_gelu"] = own.pop("_octavo_activation")

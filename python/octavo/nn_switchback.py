@@ -1,0 +1,268 @@
+"""Modules that train in 8 bit (SwitchBack, arXiv 2304.13013): see :mod:`octavo.nn`, which exports them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ._frozen import FLOATS, FrozenBuffers, dtype_name
+from .autograd import int8_matmul
+from .autograd_switchback import QuantizedWeight, check_options, quantize_weight, switchback_linear
+
+_Layer = TypeVar("_Layer", bound="Int8Weight")
+
+
+class _Steps:
+    """Counts the steps of all optimizers: some write weights without telling autograd (`p.data`, raw pointers), so that
+    a tensor's version alone does not say that it is the one that was quantized."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.watching = False
+
+    def now(self) -> int:
+        if not self.watching:
+            register_optimizer_step_post_hook(self._stepped)
+            self.watching = True
+        return self.count
+
+    def _stepped(self, *arguments: Any) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
+
+
+class WeightCache:
+    """The int8 form of a weight, quantized once for each version of it: for all micro-batches of a step, and for the
+    second forward pass of a checkpoint. Belongs to a module, and is no part of its state."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.value: QuantizedWeight | None = None
+
+    def drop(self) -> None:
+        self.key = self.value = None
+
+    def get(self, weight: Tensor, variant: str, transpose: bool) -> QuantizedWeight:
+        if weight.is_inference():  # without a version
+            return quantize_weight(weight, variant, transpose)
+        # The weight itself is in the key, so that no other one can have its id.
+        key = (weight, weight._version, weight.data_ptr(), weight.device, weight.dtype, variant, _steps.now())
+        same = self.key is not None and self.key[0] is weight and self.key[1:] == key[1:]
+        if not same or self.value is None or (transpose and self.value.transposed is None):
+            self.key, self.value = key, quantize_weight(weight, variant, transpose)
+        return self.value
+
+
+def _is_sharded(weight: Any) -> bool:
+    return type(weight).__name__ == "DTensor"
+
+
+class Int8Weight(FrozenBuffers):
+    """One float weight, used in int8 products: its cache, and what takes its place for evaluation. `_weight_name` and
+    `_bias_name` say which; a subclass has the other attributes."""
+
+    _weight_name = "weight"
+    _bias_name = "bias"
+    variant: str
+    k_split: int | None
+    stochastic_rounding: bool
+    _cache: WeightCache
+    _sharded: bool
+
+    def _set_options(self, variant: str, k_split: int | None, stochastic_rounding: bool) -> None:
+        check_options(variant, k_split, stochastic_rounding)
+        self.variant, self.k_split, self.stochastic_rounding = variant, k_split, stochastic_rounding
+        self.__dict__["_cache"] = WeightCache()
+        self.__dict__["_sharded"] = _is_sharded(getattr(self, self._weight_name, None))
+
+    def _clear_options(self) -> None:
+        for name in ("variant", "k_split", "stochastic_rounding", "_cache", "_sharded"):
+            del self.__dict__[name]
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `prepare_for_eval` was called: then the weight is int8."""
+        return self._weight_name in self._buffers
+
+    def _quantized(self, transpose: bool) -> QuantizedWeight | None:
+        """The weight's int8 form, where it can be kept: in training, and where Python sees every call."""
+        if self.variant == "fp8" or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        weight: Tensor = getattr(self, self._weight_name)
+        if self._sharded:  # by FSDP2, the weight is here for the time of the pass only, and nothing of it is kept
+            return quantize_weight(weight, self.variant, transpose=False)
+        return self._cache.get(weight, self.variant, transpose)
+
+    def _linear(self, x: Tensor) -> Tensor:
+        weight, bias = getattr(self, self._weight_name), getattr(self, self._bias_name)
+        if self.prepared:
+            return int8_matmul(x, weight, self._buffers[f"{self._weight_name}_scale"], bias, 0.0)  # type: ignore[arg-type]
+        return switchback_linear(
+            x,
+            weight,
+            bias,
+            self.variant,
+            self._quantized(transpose=x.requires_grad),
+            k_split=self.k_split,
+            stochastic_rounding=self.stochastic_rounding,
+        )
+
+    def prepare_for_eval(self: _Layer) -> _Layer:
+        """Keep only the int8 weight, a byte an element, and its scale: `weight` (int8, now a buffer) and `weight_scale`
+        (fp32, one a row), as in `octavo.nn.Int8Linear` with threshold 0. It cannot be undone, and the weight no longer
+        trains; y and the gradient of x are as before, but for the weight's scale in the backward pass.
+
+        Raises:
+            ValueError: variant fp8, which has no int8 weight; NaN or Inf in the weight; a weight sharded by FSDP2.
+        """
+        if self.prepared:
+            return self
+        name = self._weight_name
+        weight = getattr(self, name).detach()
+        if self.variant == "fp8":
+            raise ValueError("variant fp8 is a simulation: there is no int8 weight to keep. Convert it to another one")
+        if _is_sharded(weight):
+            raise ValueError("the weight is sharded: gather it into a model without FSDP2 and prepare that")
+        if not weight.is_meta and (bad := weight.numel() - int(torch.isfinite(weight).sum())):
+            raise ValueError(f"{bad} of {weight.numel()} weights are NaN or Inf")
+        codes, scale, *_ = quantize_weight(weight, self.variant, transpose=False)
+        del self._parameters[name]
+        self.register_buffer(name, codes)
+        self.register_buffer(f"{name}_scale", scale.expand(codes.shape[0]).contiguous())
+        self._cache.drop()
+        return self
+
+    # Another weight, or the same one elsewhere, must not meet the old one's codes.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 sets the weight whenever it shards or gathers it: never through the version of a tensor.
+        if name == self._weight_name and "_cache" in self.__dict__:
+            self._cache.drop()
+            self.__dict__["_sharded"] = self._sharded or _is_sharded(value)
+        super().__setattr__(name, value)
+
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        self._cache.drop()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_cache"] = WeightCache()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        loaded = state_dict.get(prefix + self._weight_name)
+        if loaded is not None and loaded.is_floating_point() == self.prepared:
+            which = (
+                "was prepared for evaluation and holds int8: load the weights before prepare_for_eval()"
+                if self.prepared
+                else "trains: call prepare_for_eval() before loading the state of a layer that was prepared"
+            )
+            error_msgs.append(
+                f"{type(self).__name__} {prefix[:-1]!r}: the loaded {self._weight_name} is {dtype_name(loaded)}, but "
+                f"this layer {which}"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _options_repr(self) -> str:
+        text = f", variant={self.variant!r}"
+        if self.k_split is not None:
+            text += f", k_split={self.k_split}"
+        if self.stochastic_rounding:
+            text += ", stochastic_rounding=True"
+        return text + (", prepared for evaluation" if self.prepared else "")
+
+
+class SwitchBackLinear(Int8Weight, nn.Linear):
+    """`torch.nn.Linear` whose products are int8 in training, but that of the weight's gradient (SwitchBack, arXiv
+    2304.13013): see `octavo.switchback_linear` for the formulas, the variants and special values.
+
+    The weight is quantized, and transposed for the backward pass, once for each of its versions: when it was changed in
+    place, replaced or moved, and after a step of any optimizer. Not seen is a change through ``weight.data`` between
+    two forward passes in training without a step between them. Under torch.compile, with FSDP2 and without gradients
+    it is quantized at every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in torch; weight and bias are fp32, fp16 or bf16.
+        variant: "switchback", "memory_efficient" (keeps x in int8), "vectorwise" (a scale for each row of the weight),
+            "all_int8" (the weight's gradient in int8, too: LLM.int8()'s way, a baseline) or "fp8" (simulated).
+        k_split: of "all_int8": rows of the batch that share a column's scale in the weight's gradient.
+        stochastic_rounding: of "all_int8": round the operands of the weight's gradient at random.
+
+    Raises:
+        ValueError: an unknown variant, an option of another variant, another dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        variant: str = "switchback",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        k_split: int | None = None,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        check_options(variant, k_split, stochastic_rounding)
+        dtype = dtype or torch.get_default_dtype()
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._set_options(variant, k_split, stochastic_rounding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._linear(input)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._options_repr()
+
+
+class LayerScale(nn.Module):
+    """``gamma * x``, gamma [width] initialised to `init` (arXiv 2304.13013, section 2.3, after 2103.17239).
+
+    At the end of each residual branch, ``x + layer_scale(branch(x))``, and initialised to zero it keeps features small
+    from the start, without which fp8 training with one scale for a tensor diverges.
+
+    Args:
+        width: of the last dimension of x.
+        init: of gamma; zero in the paper's fp8 training.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        init: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.full((width,), init, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.gamma.numel()}, init={self.init}"
