@@ -46,7 +46,7 @@ class QuantizedWeight(NamedTuple):
         codes: int8 [n, k], ``weight ~ codes * scale[:, None]``.
         scale: fp32 [n], or [] for the whole tensor.
         transposed: int8 [k, n], ``weight.T ~ transposed * transposed_scale[:, None]``, or None.
-        transposed_scale: fp32 [k], or [] for the whole tensor, or None.
+        transposed_scale: fp32 [k], or None: it is `scale`, of the whole tensor.
     """
 
     codes: Tensor
@@ -96,7 +96,7 @@ def quantize_weight(weight: Tensor, variant: str = "switchback", transpose: bool
         if not transpose:
             return QuantizedWeight(*ops.quantize_tensorwise(weight))
         codes, transposed, scale = ops.quantize_tensorwise_transpose(weight)
-        return QuantizedWeight(codes, scale, transposed, scale)
+        return QuantizedWeight(codes, scale, transposed)
     if not transpose:
         return QuantizedWeight(*ops.quantize_rowwise(weight))
     return QuantizedWeight(*ops.quantize_rowwise_columnwise_transpose(weight))
@@ -106,8 +106,8 @@ def quantize_weight(weight: Tensor, variant: str = "switchback", transpose: bool
 
 
 def _seed(like: Tensor) -> Tensor:
-    """Of a random rounding, drawn on the device from torch's generator: `torch.manual_seed` repeats it, and a CUDA graph
-    draws anew at every replay."""
+    """Of a random rounding, drawn on the device from the generator of torch: `torch.manual_seed` repeats it, and every
+    replay of a CUDA graph draws anew."""
     return torch.randint(1 << 62, (1,), device=like.device)
 
 
@@ -171,11 +171,13 @@ class _SwitchBack(torch.autograd.Function):
             if for_weight:
                 kept = [x] if keeps == "x" else [x_codes, x_scale]
         out = ops.int8_gemm(x_codes, codes, x_scale, scale, bias, x.dtype)
-        if for_x and transposed is None:  # quantized again in the backward pass
-            ctx.save_for_backward(weight, None, *kept)
-        else:
-            ctx.save_for_backward(*((transposed, transposed_scale) if for_x else (None, None)), *kept)
-        ctx.again = for_x and transposed is None
+        ctx.again = for_x and transposed is None  # then the weight is quantized again in the backward pass
+        of_weight: tuple[Tensor | None, ...] = (None, None)
+        if for_x:
+            of_weight = (
+                (weight, None) if ctx.again else (transposed, scale if transposed_scale is None else transposed_scale)
+            )
+        ctx.save_for_backward(*of_weight, *kept)
         ctx.variant, ctx.k_split, ctx.stochastic = variant, k_split, stochastic
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -186,7 +188,8 @@ class _SwitchBack(torch.autograd.Function):
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         transposed, transposed_scale, *kept = ctx.saved_tensors
         if ctx.again:
-            _, _, transposed, transposed_scale = quantize_weight(transposed, ctx.variant)
+            _, scale, transposed, transposed_scale = quantize_weight(transposed, ctx.variant)
+            transposed_scale = scale if transposed_scale is None else transposed_scale
         keeps = INT8_VARIANTS[ctx.variant].keeps
         rows = _rows(grad).contiguous()
         of_rows, grad_x, grad_weight, grad_bias = None, None, None, None

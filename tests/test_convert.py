@@ -1,0 +1,366 @@
+"""`convert_linears` and back, attention in int8, `prepare_for_eval` of models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import octavo
+import pytest
+import torch
+from octavo import nn_attention, nn_switchback
+from octavo.nn import LayerScale, SwitchBackLinear, SwitchBackMultiheadAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Block(nn.Module):
+    """A fused projection of a Linear, as timm's and transformers' models have it."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.LayerNorm(width), LayerScale(width, 0.1)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v))
+        return x + self.scale(self.mlp(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.lm_head = nn.Linear(16, 10, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+BLOCK = ["qkv", "proj", "mlp.0", "mlp.2"]
+ALL = [f"blocks.{i}.{name}" for i in (0, 1) for name in BLOCK] + ["attention"]
+IDS = torch.arange(6).view(2, 3)
+
+
+def types(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def test_there_and_back():
+    model = Model()
+    model.blocks[1].qkv.requires_grad_(False)
+    calls: list[str] = []
+    model.blocks[0].qkv.register_forward_hook(lambda *_: calls.append("hook"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, kinds, parameters = copy.deepcopy(model.state_dict()), types(model), dict(model.named_parameters())
+    modules = list(model.modules())
+    plain = model(IDS)
+
+    result = octavo.convert_linears(model, variant="memory_efficient")
+    assert result.converted == ALL and result.left == {}
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    assert {name: p for name, p in model.named_parameters()}.keys() == parameters.keys()
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.embed.weight
+    assert type(model.attention) is SwitchBackMultiheadAttention
+    assert type(model.attention.out_proj) is SwitchBackLinear and model.attention.out_proj.variant == "memory_efficient"
+    int8 = model(IDS)
+    assert calls == ["hook"] * 2
+    assert not torch.equal(int8, plain) and (int8 - plain).norm() < 0.05 * plain.norm()
+    int8.square().mean().backward()
+    assert model.blocks[1].qkv.weight.grad is None and model.blocks[1].mlp[0].weight.grad is not None
+    model.zero_grad()
+
+    result = octavo.convert_linears(model, nn.Linear)
+    assert result.converted == ALL
+    assert types(model) == kinds and str(model) == str(Model())
+    assert torch.equal(model(IDS), plain)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all("variant" not in module.__dict__ and "_cache" not in module.__dict__ for module in model.modules())
+    model(IDS).square().mean().backward()
+    optimizer.step()
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "wanted"),
+    [
+        (["blocks.*"], (), ALL[:-1]),
+        (["mlp.*"], (), []),
+        (["*.mlp.*"], (), [name for name in ALL if "mlp" in name]),
+        (["qkv", "attention"], (), ["blocks.0.qkv", "blocks.1.qkv", "attention"]),
+        (None, ["blocks.0.*", "lm_head"], [name for name in ALL if not name.startswith("blocks.0")]),
+        (["blocks.1.*"], ["proj"], [name for name in ALL if name.startswith("blocks.1") and "proj" not in name]),
+        (None, (), [*ALL, "lm_head"]),
+    ],
+)
+def test_patterns(include: list[str] | None, exclude: list[str], wanted: list[str]):
+    model = Model()
+    if not wanted:
+        with pytest.raises(ValueError, match="include: no linear layer or attention of Model matches 'mlp"):
+            octavo.convert_linears(model, include=include, exclude=exclude)
+        return
+    assert octavo.convert_linears(model, include=include, exclude=exclude).converted == wanted
+    changed = [name for name, m in model.named_modules() if isinstance(m, nn_switchback.Int8Weight)]
+    assert sorted(name for name in changed if name != "attention.out_proj") == sorted(wanted)
+    assert octavo.convert_linears(model, nn.Linear, include=include, exclude=exclude).converted == wanted
+
+
+def test_a_tied_head_stays_tied():
+    model = Model()
+    octavo.convert_linears(model, exclude=())
+    assert model.lm_head.weight is model.embed.weight
+    model(IDS).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    out = model.lm_head(torch.eye(16)[:4])
+    assert (out - model.embed.weight.t()[:4]).abs().max() < 0.02 * model.embed.weight.abs().max()
+
+
+def test_converted_twice():
+    model = Model()
+    octavo.convert_linears(model, include=["blocks.0.*"])
+    again = octavo.convert_linears(model, include=["blocks.0.*"])
+    assert again.converted == [] and set(again.left.values()) == {"converted already"}
+    both = octavo.convert_linears(model)
+    assert both.converted == ALL[4:] and list(both.left) == ALL[:4]
+    kinds = types(model)
+    with pytest.raises(ValueError, match="'blocks.0.qkv' is converted already, with variant='switchback': first go"):
+        octavo.convert_linears(model, variant="vectorwise")
+    assert types(model) == kinds
+
+
+def test_shared_modules_are_converted_once():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    assert octavo.convert_linears(model).converted == ["0"]
+    assert model[0] is model[2] is shared and type(shared) is SwitchBackLinear
+    assert octavo.convert_linears(shared, nn.Linear).converted == [""]
+    assert type(model[2]) is nn.Linear
+
+
+class Special(nn.Linear):
+    pass
+
+
+def test_what_is_left_says_why():
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Linear(4, 4),
+            "special": Special(4, 4),
+            "cross": nn.MultiheadAttention(4, 2, kdim=6, vdim=6),
+            "biased": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "zero": nn.MultiheadAttention(4, 2, add_zero_attn=True),
+        }
+    )
+    result = octavo.convert_linears(model)
+    assert result.converted == ["plain"]
+    assert result.left == {
+        "special": "its type is Special: what a subclass adds would be lost",
+        "cross": "its keys or values have another width than its queries",
+        "biased": "it has add_bias_kv or add_zero_attn",
+        "zero": "it has add_bias_kv or add_zero_attn",
+    }
+    with pytest.raises(
+        ValueError, match="there is no torch.nn.Linear or torch.nn.MultiheadAttention to convert in Special;"
+    ):
+        octavo.convert_linears(model["special"])
+
+
+def test_errors_leave_the_model_as_it_was():
+    model = Model()
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("unknown variant 'int4'", {"variant": "int4"}),
+        ("unknown option 'threshold'; known: variant, k_split, stochastic_rounding", {"threshold": 6.0}),
+        ("k_split is of the weight gradient", {"k_split": 5}),
+        ("include must be a list of patterns, got the string 'mlp'", {"include": "mlp"}),
+        ("exclude must be a list of patterns, got the string 'lm_head'", {"exclude": "lm_head"}),
+        ("include: no linear layer or attention of Model matches 'nothing'", {"include": ["attention", "nothing"]}),
+        ("unknown option 'variant'; known: none for torch.nn.Linear", {"cls": nn.Linear, "variant": "switchback"}),
+        ("cls must be octavo.nn.SwitchBackLinear, or torch.nn.Linear to go back, got <class 'octavo.nn.Int8", {
+            "cls": octavo.nn.Int8Linear
+        }),
+        ("there is no SwitchBackLinear to convert in Model", {"cls": nn.Linear}),
+    ]  # fmt: skip
+    for message, arguments in cases:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            octavo.convert_linears(model, **arguments)
+    model.blocks[1].mlp[2].double()
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.2: weight must be float32, float16 or bfloat16, got float64"):
+        octavo.convert_linears(model)
+    assert types(model) == types(Model())
+    wide = nn.Sequential(nn.Linear(4, 4), nn.Linear(131072, 1, device="meta"))
+    with pytest.raises(ValueError, match=r"1: weight of shape \[1, 131072\] is wider than 131071"):
+        octavo.convert_linears(wide)
+    with pytest.raises(ValueError, match="there is no torch.nn.Linear"):
+        octavo.convert_linears(nn.Sequential(nn.ReLU()))
+
+
+def test_devices_may_differ():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta"))
+    assert octavo.convert_linears(model).converted == ["0", "1"]
+    assert model[1](torch.randn(2, 4, device="meta")).shape == (2, 4)
+    with pytest.raises(RuntimeError, match="device"):
+        model[1](torch.randn(2, 4))
+
+
+def test_torch_encoder_layers():
+    """In evaluation torch's layer has a kernel that would go past the modules, and read int8 weights as floats."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    x = torch.randn(2, 5, 16)
+    plain = copy.deepcopy(encoder).eval()
+    for include in (["linear1", "linear2"], None):
+        octavo.convert_linears(encoder, include=include)
+        encoder.train()
+        trained = encoder(x).detach()
+        with torch.no_grad():
+            assert torch.equal(encoder.eval()(x), trained)
+            assert 0 < (trained - plain(x)).abs().max() < 0.1
+            prepared = copy.deepcopy(encoder)
+            octavo.prepare_for_eval(prepared)
+            assert torch.allclose(prepared(x), trained, atol=1e-5)
+        octavo.convert_linears(encoder, nn.Linear)
+        with torch.no_grad():
+            assert torch.allclose(encoder.eval()(x), plain(x), atol=1e-5)
+        assert encoder.layers[0].activation_relu_or_gelu == plain.layers[0].activation_relu_or_gelu == 1
+
+
+def test_prepare_for_eval_of_a_model():
+    model = Model()
+    with pytest.raises(ValueError, match="there is no SwitchBackLinear in Model: convert_linears makes them"):
+        octavo.prepare_for_eval(model)
+    octavo.convert_linears(model)
+    model.eval()
+    with torch.no_grad():
+        before = model(IDS)
+        assert octavo.prepare_for_eval(model) == [*ALL, "attention.out_proj"]
+        assert torch.equal(model(IDS), before)
+    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+    assert dtypes["attention.in_proj_weight"] is torch.int8 and dtypes["blocks.0.qkv.weight"] is torch.int8
+    assert dtypes["attention.in_proj_weight_scale"] is torch.float32
+    with pytest.raises(ValueError, match="'blocks.0.qkv' was prepared for evaluation: its float weight is gone"):
+        octavo.convert_linears(model, nn.Linear)
+    bad = Model()
+    octavo.convert_linears(bad, variant="fp8")
+    with pytest.raises(ValueError, match="'blocks.0.qkv': variant fp8 is a simulation"):
+        octavo.prepare_for_eval(bad)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+MASKS = ("none", "bool", "float", "per head", "one for all heads", "causal", "padding", "padding and causal")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["self", "key is value", "all differ", "unbatched"])
+def test_attention_is_that_of_torch(
+    kind: str, batch_first: bool, need_weights: bool, mask: str, monkeypatch: pytest.MonkeyPatch
+):
+    """With exact products in place of int8 ones, all that lies around them must equal torch's module."""
+    monkeypatch.setattr(nn_attention, "switchback_linear", exact_linear)
+    monkeypatch.setattr(nn_switchback, "switchback_linear", exact_linear)
+    attention = nn.MultiheadAttention(16, 4, batch_first=batch_first)
+    nn.init.normal_(attention.in_proj_bias)
+    batch, length, keys = 3, 5, 5 if kind == "self" or "causal" in mask else 7
+    shape = (batch, length, 16) if batch_first else (length, batch, 16)
+    key_shape = (batch, keys, 16) if batch_first else (keys, batch, 16)
+    if kind == "unbatched":
+        batch, shape, key_shape = 1, (length, 16), (keys, 16)
+    query = torch.randn(shape)
+    key = query if kind == "self" else torch.randn(key_shape)
+    value = torch.randn(key_shape) if kind == "all differ" else key
+    forbidden = torch.ones(length, keys, dtype=torch.bool).triu(1)
+    if "causal" not in mask:
+        forbidden = forbidden & (torch.rand(length, keys) > 0.3)
+    arguments: dict[str, Any] = {"need_weights": need_weights}
+    if mask == "bool":
+        arguments["attn_mask"] = forbidden
+    elif mask == "float":
+        arguments["attn_mask"] = torch.randn(length, keys)
+    elif mask == "per head":
+        arguments["attn_mask"] = torch.randn(batch * 4, length, keys)
+    elif mask == "one for all heads":
+        if kind == "unbatched" or batch != 1:
+            return  # torch takes such a mask of one batch and head only
+        arguments["attn_mask"] = torch.randn(1, length, keys)
+    elif "causal" in mask:
+        arguments |= {"attn_mask": forbidden, "is_causal": True}
+    if "padding" in mask:
+        padding = torch.zeros(batch, keys, dtype=torch.bool)
+        padding[:, -2:] = True
+        arguments["key_padding_mask"] = padding[0] if kind == "unbatched" else padding
+    leaves = [t.detach().clone().requires_grad_() for t in (query, key, value)]
+    if kind in ("self", "key is value", "unbatched"):
+        leaves[2] = leaves[1]
+    if kind == "self":
+        leaves[0] = leaves[1]
+    other = copy.deepcopy(attention)
+    octavo.convert_linears(other)
+    assert type(other) is SwitchBackMultiheadAttention
+    results = []
+    for module in (attention, other):
+        for leaf in leaves:
+            leaf.grad = None
+        out, weights = module(*leaves, **arguments)
+        out.square().sum().backward()
+        results.append((out, weights, *(leaf.grad for leaf in leaves), module.in_proj_weight.grad))
+    for want, got in zip(*results, strict=True):
+        if want is None:
+            assert got is None
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["switchback", "vectorwise", "all_int8", "fp8"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_in_int8(variant: str, cross: bool):
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 6, 32)
+    y = torch.randn(2, 7, 32) if cross else x
+    want, _ = attention(x, y, y)
+    want.square().sum().backward()
+    grad = attention.in_proj_weight.grad.clone()
+    attention.zero_grad()
+    octavo.convert_linears(attention, variant=variant)
+    got, _ = attention(x, y, y)
+    got.square().sum().backward()
+    assert 0 < (got - want).norm() < 0.1 * want.norm()
+    assert 0 < (attention.in_proj_weight.grad - grad).norm() < 0.25 * grad.norm()
+    if variant == "fp8":
+        return
+    attention.eval()
+    with torch.no_grad():
+        before, _ = attention(x, y, y)
+        octavo.prepare_for_eval(attention)
+        after, _ = attention(x, y, y)
+    if variant != "switchback" or not cross:  # alone, a part of the weight has a scale of its own
+        assert torch.equal(before, after)
+
+
+def test_a_causal_hint_needs_a_mask():
+    attention = nn.MultiheadAttention(16, 4)
+    octavo.convert_linears(attention)
+    x = torch.randn(3, 2, 16)
+    with pytest.raises(RuntimeError, match="is_causal is a hint about attn_mask, which is missing"):
+        attention(x, x, x, is_causal=True)
+    assert "embed_dim=16, num_heads=4" in str(attention) and "variant='switchback'" in str(attention)
