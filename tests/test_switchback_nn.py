@@ -1,4 +1,4 @@
-"""`SwitchBackLinear` as a module: its cache of the int8 weight, autocast, compilation, checkpoints, evaluation, FSDP2."""
+"""`SwitchBackLinear` as a module: its cache of the int8 weight, autocast, compilation, evaluation, FSDP2."""
 
 from __future__ import annotations
 
