@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("int8", "model", "blockwise", "optim", "spqr", "sparse", "nf4")
+FAMILIES = ("int8", "model", "blockwise", "optim", "spqr", "sparse", "nf4", "switchback")
 
 
 def main(

@@ -81,6 +81,10 @@ QUANTIZE_BENCH_SHAPES: tuple[tuple[int, int, bool], ...] = ((1, 4096, False), (5
 BLOCKWISE_BENCH_SIZES: tuple[tuple[int, bool], ...] = ((1 << 20, False), (1 << 22, True))
 BLOCKWISE_QUICK_SIZES: tuple[tuple[int, bool], ...] = ((1 << 22, True),)
 
+# A layer in training (n, k): a square one, and the first of a vision transformer's MLP (ViT-H); tokens of a batch.
+SWITCHBACK_LAYERS: tuple[tuple[int, int], ...] = ((4096, 4096), (5120, 1280))
+SWITCHBACK_ROWS, SWITCHBACK_QUICK_ROWS = (2048, 8192), (2048,)
+
 # An optimizer's parameters: about 100 M as one tensor, and as a transformer's hundreds (hidden 576, MLP 1536, biases).
 OPTIM_ONE = 100_000_000
 OPTIM_QUICK_ONE = 20_000_000
