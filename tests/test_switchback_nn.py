@@ -198,6 +198,54 @@ def test_compile_is_one_graph(variant: str):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("variant", INT8_VARIANTS)
+def test_quantize_once_under_compile(variant: str):
+    model = nn.Sequential(
+        SwitchBackLinear(20, 16, variant=variant), nn.GELU(), SwitchBackLinear(16, 12, variant=variant)
+    )
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(6, 20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        with quantizations() as calls, octavo.quantize_once(model):
+            assert calls == [True] * 2
+            for _ in range(3):
+                out = compiled(x)
+                out.square().sum().backward()
+            assert calls == [True] * 2
+        got, gradients = out.detach(), [p.grad / 3 for p in model.parameters()]
+        optimizer.zero_grad()
+        want = model(x)
+        want.square().sum().backward()
+        assert torch.equal(got, want)
+        for gradient, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-5)
+        optimizer.step()  # the next codes must be new ones
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
+    assert all(layer._held is None for layer in (model[0], model[2]))
+
+
+def test_quantize_once_sees_changes_and_ends():
+    layer = SwitchBackLinear(4, 4)
+    with (
+        pytest.raises(RuntimeError, match="weight was changed inside of octavo"),
+        octavo.quantize_once(layer),
+    ):
+        layer(torch.randn(2, 4))
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        layer(torch.randn(2, 4))
+    assert layer._held is None
+    layer(torch.randn(2, 4))
+    others = nn.Sequential(
+        SwitchBackLinear(4, 4, variant="fp8"), SwitchBackLinear(4, 4).prepare_for_eval(), nn.Linear(4, 4)
+    )
+    with octavo.quantize_once(others):
+        others(torch.randn(2, 4))
+
+
 def test_copies_pickles_and_state_dicts():
     layer = SwitchBackLinear(20, 12, variant="vectorwise")
     x = torch.randn(6, 20, requires_grad=True)

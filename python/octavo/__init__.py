@@ -24,6 +24,7 @@ from .autograd_switchback import QuantizedWeight, fp8_linear, quantize_weight, s
 from .convert import Conversion, convert_linears, prepare_for_eval
 from .merging import MergeReport, merge_adapter, unmerge_adapter
 from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
+from .nn_switchback import quantize_once
 from .ops import (
     csr_grad_values,
     csr_matmul_add,
@@ -111,6 +112,7 @@ __all__ = [
     "quantize_columnwise",
     "quantize_columnwise_transpose",
     "quantize_model",
+    "quantize_once",
     "quantize_rowwise",
     "quantize_rowwise_columnwise",
     "quantize_rowwise_columnwise_transpose",

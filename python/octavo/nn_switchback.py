@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +60,10 @@ class WeightCache:
         return self.value
 
 
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
 def _is_sharded(weight: Any) -> bool:
     return type(weight).__name__ == "DTensor"
 
@@ -74,15 +79,18 @@ class Int8Weight(FrozenBuffers):
     stochastic_rounding: bool
     _cache: WeightCache
     _sharded: bool
+    _held: QuantizedWeight | None
+    _held_version: int
 
     def _set_options(self, variant: str, k_split: int | None, stochastic_rounding: bool) -> None:
         check_options(variant, k_split, stochastic_rounding)
         self.variant, self.k_split, self.stochastic_rounding = variant, k_split, stochastic_rounding
         self.__dict__["_cache"] = WeightCache()
+        self.__dict__["_held"] = None
         self.__dict__["_sharded"] = _is_sharded(getattr(self, self._weight_name, None))
 
     def _clear_options(self) -> None:
-        for name in ("variant", "k_split", "stochastic_rounding", "_cache", "_sharded"):
+        for name in ("variant", "k_split", "stochastic_rounding", "_cache", "_held", "_sharded"):
             del self.__dict__[name]
 
     @property
@@ -92,9 +100,15 @@ class Int8Weight(FrozenBuffers):
 
     def _quantized(self, transpose: bool) -> QuantizedWeight | None:
         """The weight's int8 form, where it can be kept: in training, and where Python sees every call."""
+        weight: Tensor = getattr(self, self._weight_name)
+        if self._held is not None:
+            if not torch.compiler.is_compiling() and _version(weight) != self._held_version:
+                raise RuntimeError(
+                    f"{self._weight_name} was changed inside of octavo.quantize_once, and codes are stale"
+                )
+            return self._held
         if self.variant == "fp8" or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
-        weight: Tensor = getattr(self, self._weight_name)
         if self._sharded:  # by FSDP2, the weight is here for the time of the pass only, and nothing of it is kept
             return quantize_weight(weight, self.variant, transpose=False)
         return self._cache.get(weight, self.variant, transpose)
@@ -152,11 +166,11 @@ class Int8Weight(FrozenBuffers):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_held")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__["_cache"] = WeightCache()
+        self.__dict__ |= {"_cache": WeightCache(), "_held": None}
 
     def _load_from_state_dict(
         self,
@@ -193,14 +207,46 @@ class Int8Weight(FrozenBuffers):
         return text + (", prepared for evaluation" if self.prepared else "")
 
 
+@contextmanager
+def quantize_once(model: nn.Module) -> Iterator[None]:
+    """Quantize all weights of `model` that its int8 layers train, once, for every forward pass in the ``with``:
+
+        with octavo.quantize_once(model):
+            for batch in micro_batches:
+                loss(compiled(batch)).backward()
+        optimizer.step()
+
+    Without torch.compile the layers see by themselves when a weight is new. A compiled graph does not, and quantizes at
+    every call: here it takes the codes as inputs. Layers that are sharded by FSDP2, prepared for evaluation or in fp8
+    are left to themselves.
+
+    Raises:
+        RuntimeError: from a forward pass, that a weight was changed inside (seen where it is not compiled).
+    """
+    held: list[Int8Weight] = []
+    try:
+        for module in model.modules():
+            if not isinstance(module, Int8Weight) or module.prepared or module._sharded or module.variant == "fp8":
+                continue
+            weight: Tensor = getattr(module, module._weight_name)
+            module.__dict__["_held_version"] = _version(weight)
+            module.__dict__["_held"] = quantize_weight(weight, module.variant, transpose=True)
+            held.append(module)
+        yield
+    finally:
+        for module in held:
+            module.__dict__["_held"] = None
+
+
 class SwitchBackLinear(Int8Weight, nn.Linear):
     """`torch.nn.Linear` whose products are int8 in training, but that of the weight's gradient (SwitchBack, arXiv
     2304.13013): see `octavo.switchback_linear` for the formulas, the variants and special values.
 
-    The weight is quantized, and transposed for the backward pass, once for each of its versions: when it was changed in
-    place, replaced or moved, and after a step of any optimizer. Not seen is a change through ``weight.data`` between
-    two forward passes in training without a step between them. Under torch.compile, with FSDP2 and without gradients
-    it is quantized at every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
+    The weight is quantized, and transposed for the backward pass, once for each of its versions: when it was changed
+    in place, replaced or moved, and after a step of any optimizer. Not seen is a change through ``weight.data`` between
+    two forward passes in training without a step between them. Under torch.compile (but for `octavo.quantize_once`),
+    with FSDP2 and without gradients it is quantized at every call. Parameters, their initialisation and the state dict
+    are those of `torch.nn.Linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch; weight and bias are fp32, fp16 or bf16.
