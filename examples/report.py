@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,17 @@ def show(task: Task, runs: Sequence[Run], unit: str) -> None:
         console.print(table)
 
 
-def write(task: Task, runs: Sequence[Run], settings: Mapping[str, Any], seconds: float, folder: Path) -> None:
-    """NAME.json and NAME.png in `folder`; NAME is the task's with underscores."""
+def write(
+    task: Task,
+    runs: Sequence[Run],
+    settings: Mapping[str, Any],
+    seconds: float,
+    folder: Path,
+    more: Mapping[str, Any] | None = None,
+    draw: Callable[[Path], None] | None = None,
+) -> None:
+    """NAME.json and NAME.png in `folder`; NAME is the task's with underscores. more: for the JSON file; draw: another
+    plot than `plot`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / task.name.replace(" ", "_")
     names = _names(runs)
@@ -77,9 +86,13 @@ def write(task: Task, runs: Sequence[Run], settings: Mapping[str, Any], seconds:
             for name in names[1:]
         },
         "runs": [asdict(run) for run in runs],
+        **(more or {}),
     }
     path.with_suffix(".json").write_text(json.dumps(_finite(record), indent=1) + "\n", encoding="utf-8")
-    plot(task, runs, path.with_suffix(".png"))
+    if draw is None:
+        plot(task, runs, path.with_suffix(".png"))
+    else:
+        draw(path.with_suffix(".png"))
     console.print(f"written: {path}.json, {path}.png; {seconds:.0f} s in all")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,16 @@ class VisionTransformer(nn.Module):
 
 class DataError(Exception):
     pass
+
+
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """A `DataError` is printed and ends the program."""
+    try:
+        yield
+    except DataError as error:
+        console.print(str(error), markup=False, style="red", soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
@@ -129,11 +140,8 @@ def main(
     """
     settings = dict(locals())
     torch.set_num_threads(threads)
-    try:
+    with data_errors():
         task = make_task(data, batch, patch, width, layers, validation)
-    except DataError as error:
-        console.print(str(error), markup=False, style="red", soft_wrap=True)
-        raise typer.Exit(1) from None
     console.print(f"{task.name}: {parameters(task):,} parameters")
     begin = time.perf_counter()
     runs = train(task, contenders(beta2, control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
