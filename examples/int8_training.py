@@ -81,7 +81,8 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
             values = [run.final.get(key, math.nan) for run in runs if run.optimizer == name]
             row[key] = {"mean": statistics.fmean(values)}
             if name == BASE:
-                row[key]["std"] = statistics.stdev(values) if len(values) > 1 else math.nan
+                finite = len(values) > 1 and all(map(math.isfinite, values))
+                row[key]["std"] = statistics.stdev(values) if finite else math.nan
             else:
                 differences = paired(runs, BASE, name, key)
                 row[key] |= {"difference": differences, "mean_difference": statistics.fmean(differences)}
@@ -112,7 +113,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with its own weights and batches.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 64,
     patch: Annotated[int, typer.Option(help="Side of the squares that a picture is cut into: 4, 7 or 14.")] = 7,
-    width: Annotated[int, typer.Option(help="Width of the model; 4 heads.")] = 96,
+    width: Annotated[int, typer.Option(help="Width of the model; 4 heads.")] = 64,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 2,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
     validation: Annotated[int, typer.Option(help="Pictures to judge by, of the 10,000 for testing.")] = 10000,

@@ -136,8 +136,8 @@ class Spike:
 
 def spike(run: Run, gauge: Gauge, change: int, steps: int) -> Spike:
     begin = max(0, 2 * change - steps)
-    before, after = run.train[begin:change], run.train[change:]
-    mean, std = statistics.fmean(before), statistics.pstdev(before)
+    before, after = run.train[begin:change] or [math.nan], run.train[change:]
+    mean, std = statistics.fmean(before), torch.tensor(before, dtype=torch.float64).std(correction=0).item()
     largest = max(after, key=lambda loss: loss if math.isfinite(loss) else math.inf, default=math.nan)
     means = [statistics.fmean(after[i : i + SMOOTH]) for i in range(len(after) - SMOOTH + 1)]
     high = [i for i, value in enumerate(means) if not value <= mean + std]
