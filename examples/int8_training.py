@@ -111,11 +111,11 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of Fashion-MNIST's four idx files, gzipped or not.")] = DATA,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 300,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings, each with its own weights and batches.")] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 64,
-    patch: Annotated[int, typer.Option(help="Side of the squares that a picture is cut into: 4, 7 or 14.")] = 7,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures in a batch.")] = 128,
+    patch: Annotated[int, typer.Option(help="Side of the squares that a picture is cut into: 4, 7 or 14.")] = 14,
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads.")] = 64,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 2,
-    lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
+    lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 4e-3,
     validation: Annotated[int, typer.Option(help="Pictures to judge by, of the 10,000 for testing.")] = 10000,
     variant: Annotated[
         list[str] | None, typer.Option(help=f"Which layers, of {', '.join(VARIANTS)}; again for more. All by default.")

@@ -2,9 +2,9 @@
 
 AdamW divides by the root of u, its mean of squared gradients, which remembers 1 / (1 - beta2) steps. Where the learning
 signal grows suddenly, u is out of date: RMS = sqrt(mean(g^2 / max(u, eps^2))) of a tensor, usually about 1, is far
-above it, and the step too large by about as much. Here the signal grows by hand: the loss counts `weight` for `change`
-steps, and fully from then on. That alone changes no loss (those shown are never weighted), and no optimizer of Adam's
-kind would notice, were its u up to date. All contenders start from the same weights and see the same batches.
+above it, and the step is too large. Here the signal grows by hand: the loss counts `weight` for `change` steps, and
+fully from then on. That alone changes no loss (those shown are never weighted), and an AdamW whose u were up to date
+would not notice. All contenders start from the same weights and see the same batches.
 """
 
 from __future__ import annotations
