@@ -73,14 +73,15 @@ def rms(optimizer: Any, param: Tensor) -> float:
     if hasattr(optimizer, "rms"):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         return next(float(value) for p, value in zip(params, optimizer.rms(), strict=True) if p is param)
-    state, group = optimizer.state[param], optimizer.param_groups[0]
+    state, group, grad = optimizer.state[param], optimizer.param_groups[0], param.grad
+    assert grad is not None
     if "exp_avg_sq" in state:
         u = state["exp_avg_sq"]
     else:
         codes, absmax = state["exp_avg_sq_root"], state["exp_avg_sq_root_absmax"]
         u = octavo.dequantize_blockwise(codes, absmax, signed=False).square()
     u = u / (1 - group["betas"][1] ** float(state["step"]))
-    return float((param.grad.square() / u.clamp(min=group["eps"] ** 2)).mean().sqrt())
+    return float((grad.square() / u.clamp(min=group["eps"] ** 2)).mean().sqrt())
 
 
 def contenders(signal: Signal, clip: float, beta2: float, low: float) -> tuple[dict[str, MakeOptimizer], list[Gauge]]:
