@@ -70,7 +70,11 @@ static void define_ops(Library& m) {
       "optim_step(Tensor(a!)[] params, Tensor[] grads, Tensor[] steps, Tensor(b!)[] states, Tensor(c!)[] absmax, "
       "Tensor(d!)[] compensation, Tensor(e!) nonfinite, Tensor table, str rule, float[] hyper, Tensor? lr=None, "
       "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_factor=None, bool maximize=False, "
-      "bool stochastic=False, int seed=0) -> ()");
+      "bool stochastic=False, int seed=0, Tensor? sums=None) -> ()");
+  m.def(
+      "optim_sums(Tensor[] params, Tensor[] grads, Tensor[] steps, Tensor[] states, Tensor[] absmax, "
+      "Tensor[] compensation, Tensor table, str rule, float[] hyper, Tensor? grad_scale=None, Tensor? found_inf=None, "
+      "Tensor? grad_factor=None, bool maximize=False) -> Tensor");
   // SpQR weights: csrc/spqr/README.md
   m.def(
       "spqr_linear(Tensor x, Tensor codes, Tensor statistics, Tensor? second_order, Tensor unit, Tensor outliers, "

@@ -13,14 +13,14 @@
 namespace kernels {
 namespace {
 
-#define KERNELS_OF(machine)                                                                                   \
-  machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows,      \
-      machine::encode_transposed, machine::outlier_flags, machine::compact_columns, machine::extract_columns, \
-      machine::decompose, machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks,           \
-      machine::optim_step, machine::csr_matmul_workspace, machine::csr_transposed_workspace,                  \
-      machine::csr_grad_values_workspace, machine::csr_matmul, machine::csr_matmul_transposed,                \
-      machine::csr_grad_values, machine::spqr_workspace, machine::spqr_matmul, machine::spqr_dequantize,      \
-      machine::quantize_low_bit, machine::dequantize_low_bit, machine::nf4_workspace, machine::nf4_matmul,    \
+#define KERNELS_OF(machine)                                                                                       \
+  machine::quantize_rows, machine::quantize_columns, machine::quantize_tensor, machine::dequantize_rows,          \
+      machine::encode_transposed, machine::outlier_flags, machine::compact_columns, machine::extract_columns,     \
+      machine::decompose, machine::int8_gemm, machine::quantize_blocks, machine::dequantize_blocks,               \
+      machine::optim_sums, machine::optim_step, machine::csr_matmul_workspace, machine::csr_transposed_workspace, \
+      machine::csr_grad_values_workspace, machine::csr_matmul, machine::csr_matmul_transposed,                    \
+      machine::csr_grad_values, machine::spqr_workspace, machine::spqr_matmul, machine::spqr_dequantize,          \
+      machine::quantize_low_bit, machine::dequantize_low_bit, machine::nf4_workspace, machine::nf4_matmul,        \
       machine::nf4_workspace_transposed, machine::nf4_matmul_transposed
 
 std::vector<Backend> backends() {

@@ -40,6 +40,7 @@ struct Backend {
   decltype(&cpu::int8_gemm) int8_gemm;
   decltype(&cpu::quantize_blocks) quantize_blocks;
   decltype(&cpu::dequantize_blocks) dequantize_blocks;
+  decltype(&cpu::optim_sums) optim_sums;
   decltype(&cpu::optim_step) optim_step;
   decltype(&cpu::csr_matmul_workspace) csr_matmul_workspace;
   decltype(&cpu::csr_transposed_workspace) csr_transposed_workspace;

@@ -231,11 +231,62 @@ OptimTensor describe(Parameter& p, uint32_t id) {
   return t;
 }
 
+// One element as a rule takes it.
+template <class Rule>
+struct Element {
+  float p, g, old[3] = {}, m[2] = {}, v = 0, root = 0;
+
+  Element(const OptimTensor& t, int64_t i, int64_t block) {
+    const DType param = static_cast<DType>(t.param_dtype), grad = static_cast<DType>(t.grad_dtype);
+    for (int k = 0; k < Rule::kMoments + (Rule::kSecond ? 1 : 0); ++k) {
+      if (t.quantized)
+        old[k] = state_value(map_of(k != Rule::kMoments), static_cast<uint8_t*>(t.state[k])[i]) * t.absmax[k][block];
+      else
+        old[k] = static_cast<float*>(t.state[k])[i];
+      if (k < Rule::kMoments) m[k] = old[k];
+    }
+    if (Rule::kSecond) {
+      root = t.quantized ? old[Rule::kMoments] : 0;
+      v = t.quantized ? root * root : old[Rule::kMoments];
+    }
+    p = param == DType::f32 ? static_cast<float*>(t.param)[i] : float16(param, static_cast<uint16_t*>(t.param)[i]);
+    if (t.compensation) p += float16(param, static_cast<uint16_t*>(t.compensation)[i]);
+    g = grad == DType::f32 ? static_cast<const float*>(t.grad)[i]
+                           : float16(grad, static_cast<const uint16_t*>(t.grad)[i]);
+  }
+};
+
+// The sums of one tensor that has not stepped yet, against those that the machine made: other orders of as many terms.
+template <class Rule>
+void check_sums(const OptimStep& s, const OptimTensor& t, const std::string& name) {
+  const Factors f = factors_of(Rule::kRule, s.hyper, s.lr ? *s.lr : s.hyper.lr, *t.step, grad_factor(s), nullptr);
+  double want[2] = {};
+  for (int64_t i = 0; i < t.count; ++i) {
+    Element<Rule> x(t, i, i / t.row * t.row_blocks + i % t.row / kOptimBlock);
+    const float g = x.g * f.grad, u = Rule::template direction<Lane>(f, x.p, g, x.m, x.v, x.root);
+    if constexpr (Rule::kSums == Sums::ratio) {
+      const float ratio = g * g / std::max(x.v, static_cast<float>(s.hyper.eps * s.hyper.eps));
+      if (std::isfinite(x.v) && std::isfinite(ratio)) want[0] += static_cast<double>(ratio);
+      want[1] += 1;
+    } else {
+      const float other = Rule::kSecond ? u : g;
+      if (!std::isfinite(other)) continue;
+      want[0] += static_cast<double>(x.p) * static_cast<double>(x.p);
+      want[1] += static_cast<double>(other) * static_cast<double>(other);
+    }
+  }
+  for (int i = 0; i < 2; ++i) {
+    const double got = s.sums[2 * t.id + static_cast<uint32_t>(i)];
+    CHECK_FOR(std::fabs(got - want[i]) <= 1e-12 * want[i],
+              backend->name + " " + name + " sum " + std::to_string(got) + ", not " + std::to_string(want[i]));
+  }
+}
+
 // The step of one tensor, element by element; returns how many elements are left alone.
 template <class Rule>
 int64_t plain_step(const OptimStep& s, const OptimTensor& t, const Factors& f) {
   constexpr int kStates = Rule::kMoments + (Rule::kSecond ? 1 : 0);
-  const DType param = static_cast<DType>(t.param_dtype), grad = static_cast<DType>(t.grad_dtype);
+  const DType param = static_cast<DType>(t.param_dtype);
   const uint32_t key = random_key(s.seed, t.id, *t.step);
   int64_t left_alone = 0;
   for (int64_t first = 0, block = 0; first < t.count; ++block) {
@@ -244,23 +295,8 @@ int64_t plain_step(const OptimStep& s, const OptimTensor& t, const Factors& f) {
     bool any_left = false;
     for (int64_t j = 0; j < count; ++j) {
       const int64_t i = first + j;
-      float m[2] = {}, v = 0, root = 0, old[3] = {};
-      for (int k = 0; k < kStates; ++k) {
-        if (t.quantized)
-          old[k] = state_value(map_of(k != Rule::kMoments), static_cast<uint8_t*>(t.state[k])[i]) * t.absmax[k][block];
-        else
-          old[k] = static_cast<float*>(t.state[k])[i];
-        if (k < Rule::kMoments) m[k] = old[k];
-      }
-      if (Rule::kSecond) {
-        root = t.quantized ? old[Rule::kMoments] : 0;
-        v = t.quantized ? root * root : old[Rule::kMoments];
-      }
-      float p =
-          param == DType::f32 ? static_cast<float*>(t.param)[i] : float16(param, static_cast<uint16_t*>(t.param)[i]);
-      if (t.compensation) p += float16(param, static_cast<uint16_t*>(t.compensation)[i]);
-      const float g = grad == DType::f32 ? static_cast<const float*>(t.grad)[i]
-                                         : float16(grad, static_cast<const uint16_t*>(t.grad)[i]);
+      Element<Rule> x(t, i, block);
+      auto& [p, g, old, m, v, root] = x;
       const float shrunk = p * f.shrink;
       const float u = Rule::template direction<Lane>(f, shrunk, g * f.grad, m, v, root);
       const bool valid = std::isfinite(kStates == 0 ? u : Rule::kSecond ? root : m[0]) && std::isfinite(m[1]);
@@ -326,10 +362,10 @@ Hyper hyper_of(Rule rule, int variant) {
 
 // All parameters in one call, as a model has them: both widths, every size, several steps of counting.
 void test_rule(const RuleInfo& info, int variant) {
-  const int second_at = info.rule == Rule::adam || info.rule == Rule::lamb || info.rule == Rule::rmsprop_momentum ? 1
-                        : info.rule == Rule::ademamix                                                             ? 2
-                        : info.rule == Rule::rmsprop || info.rule == Rule::adagrad                                ? 0
-                                                                                                                  : -1;
+  int second_at = -1;
+  dispatch_rule(info.rule, [&](auto rule) {
+    if (decltype(rule)::kSecond) second_at = decltype(rule)::kMoments;
+  });
   const bool compensated = variant == 2, stochastic = variant == 1;
   std::vector<Parameter> made;
   const DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16;
@@ -359,6 +395,7 @@ void test_rule(const RuleInfo& info, int variant) {
     for (size_t i = 0; i < made.size(); ++i) {
       if (made[i].wide() != wide) continue;
       OptimTensor t = describe(made[i], static_cast<uint32_t>(i)), w = describe(want[i], static_cast<uint32_t>(i));
+      t.position = static_cast<int64_t>(i);
       t.first_block = s.block_count;
       t.first_chunk = static_cast<int64_t>(chunks.size());
       s.block_count += made[i].blocks();
@@ -368,7 +405,7 @@ void test_rule(const RuleInfo& info, int variant) {
     }
     if (wide) s.wide_chunks = static_cast<int64_t>(chunks.size());
   }
-  std::vector<double> norms(2 * (chunks.size() + tensors.size()));
+  std::vector<double> chunk_sums(2 * chunks.size()), sums(2 * tensors.size(), -1);
   int64_t nonfinite = 5;
   const float lr = 2e-2f, scale = 4.0f, factor = 0.75f, none = 0.0f;
   s.tensors = tensors.data();
@@ -381,24 +418,29 @@ void test_rule(const RuleInfo& info, int variant) {
   s.grad_scale = variant ? &scale : nullptr;
   s.grad_factor = variant ? &factor : nullptr;
   s.found_inf = variant ? &none : nullptr;
-  s.chunk_norms = norms.data();
-  s.tensor_norms = norms.data() + 2 * chunks.size();
+  s.chunk_sums = chunk_sums.data();
+  s.new_sums = sums.data();
+  if (info.sums != Sums::none) s.sums = sums.data();
   s.nonfinite = &nonfinite;
   s.seed = 0x123456789abcdefull;
   s.maximize = variant == 2;
   s.stochastic = stochastic;
-  backend->optim_step(s, nullptr);
-
+  const std::string where = std::string(info.name) + " variant " + std::to_string(variant) + ", parameter ";
   int64_t left_alone = 0;
+  if (info.sums != Sums::none) backend->optim_sums(s, nullptr);
+  dispatch_rule(info.rule, [&](auto rule) {
+    for (size_t i = 0; info.sums != Sums::none && i < want_tensors.size(); ++i)
+      check_sums<decltype(rule)>(s, want_tensors[i], where + std::to_string(want_tensors[i].id));
+  });
+  backend->optim_step(s, nullptr);
   dispatch_rule(info.rule, [&](auto rule) {
     for (size_t i = 0; i < want_tensors.size(); ++i) {
-      const double* sums = info.trust ? s.tensor_norms + 2 * i : nullptr;  // their own test is below
+      const double* own = s.sums ? s.sums + 2 * want_tensors[i].id : nullptr;
       const Factors f =
-          factors_of(info.rule, s.hyper, s.lr ? lr : s.hyper.lr, *want_tensors[i].step, grad_factor(s), sums);
+          factors_of(info.rule, s.hyper, s.lr ? lr : s.hyper.lr, *want_tensors[i].step, grad_factor(s), own);
       left_alone += plain_step<decltype(rule)>(s, want_tensors[i], f);
     }
   });
-  const std::string where = std::string(info.name) + " variant " + std::to_string(variant) + ", parameter ";
   CHECK_FOR(nonfinite == 5 + left_alone, backend->name + " " + where + "all: left alone " +
                                              std::to_string(nonfinite - 5) + ", not " + std::to_string(left_alone));
   for (size_t i = 0; i < made.size(); ++i) {
@@ -413,20 +455,12 @@ void test_rule(const RuleInfo& info, int variant) {
       check_same(made[i].floats[k], want[i].floats[k], state);
     }
   }
-  if (info.rule == Rule::lars)  // the norms: of the parameter, and of the gradient
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const Parameter& p = made[want_tensors[i].id];
-      if (!p.wide() || p.grad_dtype != DType::f32) continue;
-      double g2 = 0;
-      for (int64_t e = 0; e < p.count; ++e)
-        if (std::isfinite(p.grad32[e])) g2 += std::pow(static_cast<double>(p.grad32[e] * grad_factor(s)), 2);
-      const double got = s.tensor_norms[2 * i + 1];
-      CHECK_FOR(std::fabs(got - g2) <= 1e-12 * g2, where + std::to_string(i) + " norm " + std::to_string(got));
-    }
   // With an Inf found, nothing changes.
   const float found = 1.0f;
   s.found_inf = &found;
   const int64_t before = nonfinite;
+  if (info.sums != Sums::none) backend->optim_sums(s, nullptr);
+  for (const double sum : sums) CHECK(sum == (info.sums != Sums::none ? 0 : -1));
   backend->optim_step(s, nullptr);
   CHECK(nonfinite == before);
   for (size_t i = 0; i < made.size(); ++i)

@@ -46,12 +46,16 @@ def spqr_arguments(name: str) -> tuple[object, ...]:
 
 def sample(name: str) -> tuple[object, ...]:
     """Arguments for one call of each operator."""
-    if name in ("optim_table", "optim_step"):
+    if name in ("optim_table", "optim_step", "optim_sums"):
         lists = optimizer_lists()
         table = torch.ops.octavo.optim_table(*lists, [], [0, 1])
         hyper = [0.0] * 15  # lr 0: a step changes nothing but the states
-        last = ([0, 1],) if name == "optim_table" else (torch.zeros(1, dtype=torch.int64), table, "lion", hyper)
-        return (*lists, [], *last)
+        last = {
+            "optim_table": ([0, 1],),
+            "optim_step": (torch.zeros(1, dtype=torch.int64), table, "lion", hyper),
+            "optim_sums": (table, "lars", hyper),
+        }
+        return (*lists, [], *last[name])
     if name in ("spqr_linear", "spqr_dequantize"):
         return spqr_arguments(name)
     generator = torch.Generator().manual_seed(0)

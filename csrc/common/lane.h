@@ -17,6 +17,7 @@ struct Lane {
   static HD F fma(F a, F b, F c) { return fmaf(a, b, c); }
   static HD F div(F a, F b) { return a / b; }
   static HD F sqrt(F a) { return sqrtf(a); }
+  static HD F max(F a, F b) { return a > b ? a : b; }
   static HD F sign(F v) { return static_cast<F>(v > 0.0f) - static_cast<F>(v < 0.0f); }  // 0 for 0
 };
 

@@ -158,12 +158,18 @@ struct Vec {
     const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
     __builtin_memcpy(p, &packed, n * sizeof(BFloat16));
   }
+  static double reduce_add(__m256d v) {
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
+  }
+  static double sum(F v) {
+    return reduce_add(
+        _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
+  }
   static double sum_of_squares(F v) {
     const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
     const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
-    const __m256d sum = _mm256_fmadd_pd(high, high, _mm256_mul_pd(low, low));
-    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
-    return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
+    return reduce_add(_mm256_fmadd_pd(high, high, _mm256_mul_pd(low, low)));
   }
 
   // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.

@@ -118,6 +118,7 @@ struct Plan {
     }
     t.row_blocks = ceil_div(t.row, kOptimBlock);
     t.id = ids ? static_cast<uint32_t>((*ids)[i]) : 0;
+    t.position = static_cast<int64_t>(i);
     t.first_block = block_count;
     t.first_chunk = static_cast<int64_t>(chunks.size());
     const int64_t blocks = t.count ? t.count / t.row * t.row_blocks : 0;
@@ -151,33 +152,35 @@ const float* scalar_on(const char* op, const char* name, const std::optional<Ten
   return t->const_data_ptr<float>();
 }
 
-template <class B>
-void optim_step(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& states,
-                const Tensors& absmax, const Tensors& compensation, const Tensor& nonfinite, const Tensor& table,
-                const std::string& rule, const std::vector<double>& hyper, const std::optional<Tensor>& lr,
-                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
-                const std::optional<Tensor>& grad_factor, bool maximize, bool stochastic, int64_t seed) {
-  constexpr const char* op = "optim_step";
+const RuleInfo& rule_named(const char* op, const std::string& name) {
   const RuleInfo* info =
-      std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return rule == r.name; });
-  STD_TORCH_CHECK(info != std::end(kRules), op, ": unknown rule '", rule, "'");
-  STD_TORCH_CHECK(hyper.size() * sizeof(double) == sizeof(Hyper), op, ": hyper must hold ",
-                  sizeof(Hyper) / sizeof(double), " numbers, got ", hyper.size());
-  const Lists lists{params, grads, steps, states, absmax, compensation};
-  const Plan plan(op, lists, nullptr);
-  if (params.empty()) return;
-  STD_TORCH_CHECK(lists.states_each() == info->states, op, ": rule '", rule, "' has ", info->states,
-                  " states per parameter, got ", lists.states_each());
-  const Tensor& first = params[0];
-  check_dtype(op, "nonfinite", nonfinite, ScalarType::Long);
-  check_same_device(op, "nonfinite", nonfinite, first);
+      std::find_if(std::begin(kRules), std::end(kRules), [&](const auto& r) { return name == r.name; });
+  STD_TORCH_CHECK(info != std::end(kRules), op, ": unknown rule '", name, "'");
+  return *info;
+}
+
+// What both passes are given beside the lists.
+struct Settings {
+  const Tensor& table;
+  const RuleInfo& rule;
+  const std::vector<double>& hyper;
+  const std::optional<Tensor>&grad_scale, &found_inf, &grad_factor;
+  bool maximize;
+};
+
+// The call that both make of it; every check of these is here. The lists may not be empty.
+OptimStep describe(const char* op, const Lists& lists, const Plan& plan, const Settings& given) {
+  const Tensor &first = lists.params[0], &table = given.table;
+  STD_TORCH_CHECK(given.hyper.size() * sizeof(double) == sizeof(Hyper), op, ": hyper must hold ",
+                  sizeof(Hyper) / sizeof(double), " numbers, got ", given.hyper.size());
+  STD_TORCH_CHECK(lists.states_each() == given.rule.states, op, ": rule '", given.rule.name, "' has ",
+                  given.rule.states, " states per parameter, got ", lists.states_each());
   check_dtype(op, "table", table, ScalarType::Long);
   check_same_device(op, "table", table, first);
   const int64_t tensor_words = static_cast<int64_t>(plan.tensors.size()) * kOptimWords;
   const int64_t words = tensor_words + (static_cast<int64_t>(plan.chunks.size()) + 1) / 2;
-  STD_TORCH_CHECK(nonfinite.numel() == 1 && table.dim() == 1 && table.size(0) == words, op,
+  STD_TORCH_CHECK(table.dim() == 1 && table.size(0) == words, op,
                   ": the table does not belong to these tensors: it has ", table.numel(), " words instead of ", words);
-  const OnDeviceOf device(first);
   OptimStep s{};
   s.tensors = static_cast<const OptimTensor*>(table.const_data_ptr());
   s.chunks = reinterpret_cast<const int32_t*>(static_cast<const int64_t*>(table.const_data_ptr()) + tensor_words);
@@ -185,33 +188,90 @@ void optim_step(const Tensors& params, const Tensors& grads, const Tensors& step
   s.block_count = plan.block_count;
   s.chunk_count = static_cast<int64_t>(plan.chunks.size());
   s.wide_chunks = plan.wide_chunks;
-  s.rule = info->rule;
-  std::memcpy(&s.hyper, hyper.data(), sizeof(Hyper));
+  s.rule = given.rule.rule;
+  std::memcpy(&s.hyper, given.hyper.data(), sizeof(Hyper));
+  s.grad_scale = scalar_on(op, "grad_scale", given.grad_scale, first);
+  s.found_inf = scalar_on(op, "found_inf", given.found_inf, first);
+  s.grad_factor = scalar_on(op, "grad_factor", given.grad_factor, first);
+  s.maximize = given.maximize;
+  return s;
+}
+
+// Makes the sums of the rule, in the order of the caller's tensors.
+template <class B>
+Tensor new_sums(OptimStep s, const Tensor& first, Stream stream) {
+  const Tensor chunks = empty({s.chunk_count, 2}, ScalarType::Double, first);
+  const Tensor sums = empty({s.tensor_count, 2}, ScalarType::Double, first);
+  s.chunk_sums = chunks.mutable_data_ptr<double>();
+  s.new_sums = sums.mutable_data_ptr<double>();
+  B::optim_sums(s, stream);
+  return sums;
+}
+
+template <class B>
+Tensor optim_sums(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& states,
+                  const Tensors& absmax, const Tensors& compensation, const Tensor& table, const std::string& rule,
+                  const std::vector<double>& hyper, const std::optional<Tensor>& grad_scale,
+                  const std::optional<Tensor>& found_inf, const std::optional<Tensor>& grad_factor, bool maximize) {
+  constexpr const char* op = "optim_sums";
+  const RuleInfo& info = rule_named(op, rule);
+  STD_TORCH_CHECK(info.sums != Sums::none, op, ": rule '", rule, "' needs no sums over whole tensors");
+  const Lists lists{params, grads, steps, states, absmax, compensation};
+  const Plan plan(op, lists, nullptr);
+  if (params.empty()) return empty({0, 2}, ScalarType::Double, table);
+  const OptimStep s = describe(op, lists, plan, {table, info, hyper, grad_scale, found_inf, grad_factor, maximize});
+  const OnDeviceOf device(params[0]);
+  return new_sums<B>(s, params[0], device.stream());
+}
+
+template <class B>
+void optim_step(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& states,
+                const Tensors& absmax, const Tensors& compensation, const Tensor& nonfinite, const Tensor& table,
+                const std::string& rule, const std::vector<double>& hyper, const std::optional<Tensor>& lr,
+                const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                const std::optional<Tensor>& grad_factor, bool maximize, bool stochastic, int64_t seed,
+                const std::optional<Tensor>& sums) {
+  constexpr const char* op = "optim_step";
+  const RuleInfo& info = rule_named(op, rule);
+  const Lists lists{params, grads, steps, states, absmax, compensation};
+  const Plan plan(op, lists, nullptr);
+  if (params.empty()) return;
+  const Tensor& first = params[0];
+  OptimStep s = describe(op, lists, plan, {table, info, hyper, grad_scale, found_inf, grad_factor, maximize});
+  check_dtype(op, "nonfinite", nonfinite, ScalarType::Long);
+  check_same_device(op, "nonfinite", nonfinite, first);
+  STD_TORCH_CHECK(nonfinite.numel() == 1, op, ": nonfinite must be one number, got shape ", shape_of(nonfinite));
   s.lr = scalar_on(op, "lr", lr, first);
-  s.grad_scale = scalar_on(op, "grad_scale", grad_scale, first);
-  s.found_inf = scalar_on(op, "found_inf", found_inf, first);
-  s.grad_factor = scalar_on(op, "grad_factor", grad_factor, first);
   s.nonfinite = nonfinite.mutable_data_ptr<int64_t>();
   s.seed = static_cast<uint64_t>(seed);
-  s.maximize = maximize;
   s.stochastic = stochastic;
-  Tensor norms;
-  if (info->trust) {
-    norms = empty({2 * (s.chunk_count + s.tensor_count)}, ScalarType::Double, first);
-    s.chunk_norms = norms.mutable_data_ptr<double>();
-    s.tensor_norms = s.chunk_norms + 2 * s.chunk_count;
+  if (sums) {
+    STD_TORCH_CHECK(info.sums != Sums::none, op, ": rule '", rule, "' needs no sums over whole tensors");
+    check_dtype(op, "sums", *sums, ScalarType::Double);
+    check_same_device(op, "sums", *sums, first);
+    STD_TORCH_CHECK(sums->dim() == 2 && sums->size(0) == s.tensor_count && sums->size(1) == 2 && sums->is_contiguous(),
+                    op, ": sums must be contiguous [", s.tensor_count, ", 2], got shape ", shape_of(*sums));
   }
-  if (s.block_count > 0) B::optim_step(s, device.stream());
+  if (s.block_count == 0) return;
+  const OnDeviceOf device(first);
+  Tensor made;
+  if (info.sums != Sums::none) {
+    if (!sums) made = new_sums<B>(s, first, device.stream());
+    s.sums = (sums ? *sums : made).const_data_ptr<double>();
+  }
+  B::optim_step(s, device.stream());
 }
 
 template <class B>
 void register_ops(Library& m) {
   m.impl("optim_table", TORCH_BOX(&optim_table));
+  m.impl("optim_sums", TORCH_BOX(&optim_sums<B>));
   m.impl("optim_step", TORCH_BOX(&optim_step<B>));
 }
 
 #define OPTIM_BACKEND(Name, ns)                        \
   struct Name {                                        \
+    static constexpr auto optim_sums = ns::optim_sums; \
     static constexpr auto optim_step = ns::optim_step; \
   };
 OCTAVO_REGISTER(register_ops, OPTIM_BACKEND)

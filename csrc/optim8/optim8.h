@@ -11,7 +11,7 @@ namespace octavo {
 constexpr int kMaxStates = 3;
 constexpr int64_t kOptimBlock = 256;  // elements of a block
 constexpr int64_t kChunkBlocks = 32;  // blocks of a chunk, the unit of work of a thread block
-constexpr int kOptimWords = 17;       // 8-byte words of an OptimTensor
+constexpr int kOptimWords = 18;       // 8-byte words of an OptimTensor
 
 // One parameter, contiguous. Blocks do not cross rows: row r has the elements [r * row, (r + 1) * row), of which its
 // block b (of ceil(row / 256)) has up to 256 from b * 256 on. A flat state has one row of `count` elements.
@@ -29,29 +29,51 @@ struct OptimTensor {
   int32_t param_dtype, grad_dtype;  // DType
   int32_t quantized;                // whether states are codes
   uint32_t id;                      // of the parameter, for random numbers
+  int64_t position;                 // among the caller's tensors: row of its sums
 };
 static_assert(sizeof(OptimTensor) == 8 * kOptimWords);
 
-enum class Rule : int32_t { sgd, momentum, adam, rmsprop, rmsprop_momentum, adagrad, lion, ademamix, lamb, lars };
+enum class Rule : int32_t {
+  sgd,
+  momentum,
+  adam,
+  rmsprop,
+  rmsprop_momentum,
+  adagrad,
+  lion,
+  ademamix,
+  lamb,
+  lars,
+  stable_adamw
+};
+
+// What a rule has to know of whole tensors before it can step: two sums over their elements each. Elements that the
+// step will leave alone add nothing to them, but are counted. Both add up over the shards of a tensor.
+enum class Sums : int32_t {
+  none,
+  norms,  // squares of the parameter, and of LAMB's direction or LARS's gradient
+  ratio   // g^2 / max(v, eps^2) with the new second moment v, and 1
+};
 
 // As the ops name them, and how many moments and second moments each keeps.
 struct RuleInfo {
   const char* name;
   Rule rule;
   int states;
-  bool trust;  // needs norms
+  Sums sums;
 };
 constexpr RuleInfo kRules[] = {
-    {"sgd", Rule::sgd, 0, false},
-    {"momentum", Rule::momentum, 1, false},
-    {"adam", Rule::adam, 2, false},
-    {"rmsprop", Rule::rmsprop, 1, false},
-    {"rmsprop_momentum", Rule::rmsprop_momentum, 2, false},
-    {"adagrad", Rule::adagrad, 1, false},
-    {"lion", Rule::lion, 1, false},
-    {"ademamix", Rule::ademamix, 3, false},
-    {"lamb", Rule::lamb, 2, true},
-    {"lars", Rule::lars, 1, true},
+    {"sgd", Rule::sgd, 0, Sums::none},
+    {"momentum", Rule::momentum, 1, Sums::none},
+    {"adam", Rule::adam, 2, Sums::none},
+    {"rmsprop", Rule::rmsprop, 1, Sums::none},
+    {"rmsprop_momentum", Rule::rmsprop_momentum, 2, Sums::none},
+    {"adagrad", Rule::adagrad, 1, Sums::none},
+    {"lion", Rule::lion, 1, Sums::none},
+    {"ademamix", Rule::ademamix, 3, Sums::none},
+    {"lamb", Rule::lamb, 2, Sums::norms},
+    {"lars", Rule::lars, 1, Sums::norms},
+    {"stable_adamw", Rule::stable_adamw, 2, Sums::ratio},
 };
 
 // What a rule is set to; it reads the fields that it names (rules.h). Doubles, as Python has them.
@@ -74,8 +96,9 @@ struct OptimStep {
   const float* grad_scale;   // gradients are divided by it, where not null
   const float* found_inf;    // where not null and not 0, nothing changes
   const float* grad_factor;  // gradients are multiplied by it, where not null
-  double* chunk_norms;       // [chunk_count, 2] workspace of LAMB and LARS, else null
-  double* tensor_norms;      // [tensor_count, 2] likewise: sums of squares of the parameter and of update or gradient
+  double* chunk_sums;        // [chunk_count, 2] workspace of optim_sums
+  double* new_sums;          // [tensor_count, 2] what optim_sums writes, by position; zeros where nothing changes
+  const double* sums;        // [tensor_count, 2] what optim_step reads of it, if its rule has any
   int64_t* nonfinite;        // [1] += elements left alone because their gradient (or new state) is NaN or Inf
   uint64_t seed;
   bool maximize;
@@ -97,7 +120,9 @@ struct Factors {
   float trust;  // LARS: of the layer
 };
 
-#define OCTAVO_OPTIM_KERNELS void optim_step(const OptimStep&, Stream);
+#define OCTAVO_OPTIM_KERNELS                 \
+  void optim_sums(const OptimStep&, Stream); \
+  void optim_step(const OptimStep&, Stream);
 namespace cpu {
 OCTAVO_OPTIM_KERNELS
 }

@@ -244,12 +244,12 @@ struct Chunk {
     blocks = static_cast<int>(left < kChunkBlocks ? left : kChunkBlocks);
   }
 
-  // Makes the tables and the factors that this chunk needs, unless they are there. norms: use those of the tensor.
+  // Makes the tables and the factors that this chunk needs, unless they are there. sums: those of all tensors, or null.
   template <class Rule>
-  __device__ void prepare(Rule, const OptimStep& s, Workplace<Rule>& place, bool norms) {
+  __device__ void prepare(Rule, const OptimStep& s, Workplace<Rule>& place, const double* sums) {
     using S = States<Rule>;
     const bool fill = S::kCount > 0 && t->quantized && !filled;
-    const bool derive = step != factors_step || (norms && index != factors_tensor);
+    const bool derive = step != factors_step || (sums != nullptr && index != factors_tensor);
     if (!fill && !derive) return;
     __syncthreads();  // no warp is at the chunk before any more
     if (fill) {
@@ -260,7 +260,7 @@ struct Chunk {
     if (derive) {
       if (threadIdx.x == 0)
         place.factors = factors_of(Rule::kRule, s.hyper, s.lr != nullptr ? *s.lr : s.hyper.lr, step, grad_factor(s),
-                                   norms ? s.tensor_norms + int64_t{2} * index : nullptr);
+                                   sums != nullptr ? sums + 2 * t->position : nullptr);
       factors_step = step;
       factors_tensor = index;
     }
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
   Chunk at;
   NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
     at.enter(s, chunk, States<Rule>::kCount);
-    at.prepare(Rule{}, s, place[0], Rule::kTrust);
+    at.prepare(Rule{}, s, place[0], Rule::kSums == Sums::none ? nullptr : s.sums);
     const OptimTensor& t = *at.t;
     // In registers, but where three states take them all.
     const std::conditional_t<(Rule::kMoments > 1), const Factors&, const Factors> f = place[0].factors;
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kStepThreads, 2) optim_step_kernel(OptimStep s
   }
 }
 
-// ---- norms of LAMB and LARS ----
+// ---- sums over whole tensors ----
 
 __device__ inline double warp_sum(double v) {
   for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(kFullWarp, v, distance);
@@ -306,16 +306,26 @@ __device__ inline double warp_sum(double v) {
 }
 
 template <class Rule, bool kQuantized, bool kWide>
-__device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const Factors& f, const StateTable* tables,
-                                          const BlockPlace& place, int64_t block, double (&sums)[2]) {
+__device__ __forceinline__ void add_sums(Rule rule, const OptimTensor& t, const Factors& f, const StateTable* tables,
+                                         const BlockPlace& place, int64_t block, double (&sums)[2]) {
   using L = Lanes<kWide>;
   float p[kEach], g[kEach];
   StoredStates<Rule, kQuantized, kWide> stored;
-  L::load_param(t, place, p);
+  if constexpr (Rule::kSums == Sums::norms) L::load_param(t, place, p);
   L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
   if constexpr (Rule::kSecond) stored.load(t, place, block);
+  if constexpr (Rule::kSums == Sums::ratio)
+    if (lane_id() == 0) sums[1] += place.left;
   UNROLL for (int e = 0; e < kEach; ++e) {
     float other = g[e] * f.grad;
+    if constexpr (Rule::kSums == Sums::ratio) {
+      const float v = Stepped(rule, stored, tables, e, f, other, g[e]).v;  // which the parameter does not enter
+      const float ratio = Rule::template ratio<Lane>(f, other, v);
+      if (abs_bits(ratio) < kInfinity && v >= 0.0f && v < bits_float(kInfinity) &&
+          L::offset(e, place.packed) < place.left)
+        sums[0] += static_cast<double>(ratio);
+      continue;
+    }
     if constexpr (Rule::kSecond) other = Stepped(rule, stored, tables, e, f, p[e], g[e]).u;
     if (abs_bits(other) < kInfinity && L::offset(e, place.packed) < place.left) {
       sums[0] += static_cast<double>(p[e]) * static_cast<double>(p[e]);
@@ -324,9 +334,9 @@ __device__ __forceinline__ void add_norms(Rule rule, const OptimTensor& t, const
   }
 }
 
-// Sums of squares of each chunk.
+// Of each chunk.
 template <class Rule, bool kWide>
-__global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep s, int64_t begin, int64_t end) {
+__global__ void __launch_bounds__(kStepThreads, 3) chunk_sums_kernel(OptimStep s, int64_t begin, int64_t end) {
   SHARED(Workplace<Rule>, place, [1]);
   SHARED(double, parts, [2][kStepWarps][2]);
   if (nothing_to_do(s)) return;
@@ -334,16 +344,16 @@ __global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep 
   int phase = 0;
   NO_UNROLL for (int64_t chunk = begin + blockIdx.x; chunk < end; chunk += gridDim.x) {
     at.enter(s, chunk, States<Rule>::kCount);
-    at.prepare(Rule{}, s, place[0], false);
+    at.prepare(Rule{}, s, place[0], nullptr);
     const OptimTensor& t = *at.t;
     double sums[2] = {0.0, 0.0};
     NO_UNROLL for (int i = threadIdx.x / 32; i < at.blocks; i += kStepWarps) {
       const int64_t block = at.begin + i;
       const BlockPlace where(t, at.count, block, Lanes<kWide>::kPart, at.packable, at.flat);
       if (t.quantized)
-        add_norms<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
+        add_sums<Rule, true, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
       else
-        add_norms<Rule, false, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
+        add_sums<Rule, false, kWide>(Rule{}, t, place[0].factors, place[0].tables, where, block, sums);
     }
     for (int i = 0; i < 2; ++i) {
       sums[i] = warp_sum(sums[i]);
@@ -353,25 +363,24 @@ __global__ void __launch_bounds__(kStepThreads, 3) chunk_norms_kernel(OptimStep 
     if (threadIdx.x < 2) {
       double sum = 0.0;
       for (int warp = 0; warp < kStepWarps; ++warp) sum += parts[phase][warp][threadIdx.x];
-      s.chunk_norms[2 * chunk + threadIdx.x] = sum;
+      s.chunk_sums[2 * chunk + threadIdx.x] = sum;
     }
     phase ^= 1;
   }
 }
 
 // Of each tensor, by one warp: lanes take chunks in turn, so that the sum depends on nothing but their number.
-__global__ void __launch_bounds__(kStepThreads) tensor_norms_kernel(OptimStep s) {
-  if (nothing_to_do(s)) return;
+__global__ void __launch_bounds__(kStepThreads) tensor_sums_kernel(OptimStep s) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kStepWarps + threadIdx.x / 32;
   if (index >= s.tensor_count) return;
   const int64_t begin = s.tensors[index].first_chunk;
   const int64_t end = index + 1 < s.tensor_count ? s.tensors[index + 1].first_chunk : s.chunk_count;
   double sums[2] = {0.0, 0.0};
-  for (int64_t chunk = begin + lane_id(); chunk < end; chunk += 32)
-    for (int i = 0; i < 2; ++i) sums[i] += s.chunk_norms[2 * chunk + i];
+  for (int64_t chunk = nothing_to_do(s) ? end : begin + lane_id(); chunk < end; chunk += 32)
+    for (int i = 0; i < 2; ++i) sums[i] += s.chunk_sums[2 * chunk + i];
   for (int i = 0; i < 2; ++i) {
     sums[i] = warp_sum(sums[i]);
-    if (lane_id() == 0) s.tensor_norms[2 * index + i] = sums[i];
+    if (lane_id() == 0) s.new_sums[2 * s.tensors[index].position + i] = sums[i];
   }
 }
 
@@ -385,16 +394,22 @@ void launch_chunks(Kernel kernel, const OptimStep& s, int64_t begin, int64_t end
   LAUNCH(kernel, grid, dim3(kStepThreads), 0, stream, s, begin, end);
 }
 
+void optim_sums(const OptimStep& s, Stream stream) {
+  dispatch_rule(s.rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    if constexpr (Rule::kSums != Sums::none) {
+      launch_chunks(chunk_sums_kernel<Rule, true>, s, 0, s.wide_chunks, stream);
+      launch_chunks(chunk_sums_kernel<Rule, false>, s, s.wide_chunks, s.chunk_count, stream);
+    }
+  });
+  const dim3 grid(static_cast<unsigned>(ceil_div(s.tensor_count, kStepWarps)));
+  LAUNCH(tensor_sums_kernel, grid, dim3(kStepThreads), 0, stream, s);
+}
+
 void optim_step(const OptimStep& s, Stream stream) {
   if (s.block_count == 0) return;
   dispatch_rule(s.rule, [&](auto rule) {
     using Rule = decltype(rule);
-    if constexpr (Rule::kTrust) {
-      launch_chunks(chunk_norms_kernel<Rule, true>, s, 0, s.wide_chunks, stream);
-      launch_chunks(chunk_norms_kernel<Rule, false>, s, s.wide_chunks, s.chunk_count, stream);
-      const dim3 grid(static_cast<unsigned>(ceil_div(s.tensor_count, kStepWarps)));
-      LAUNCH(tensor_norms_kernel, grid, dim3(kStepThreads), 0, stream, s);
-    }
     launch_chunks(optim_step_kernel<Rule, true>, s, 0, s.wide_chunks, stream);
     launch_chunks(optim_step_kernel<Rule, false>, s, s.wide_chunks, s.chunk_count, stream);
   });

@@ -11,8 +11,8 @@ namespace octavo::cpu {
 struct OptimLoops {
   // Blocks [begin, end) of tensor t; returns how many elements were left alone.
   int64_t (*step)(const OptimStep&, const OptimTensor& t, const Factors&, int64_t begin, int64_t end);
-  // Adds the sums of squares of LAMB and LARS over these blocks to norms[2].
-  void (*norms)(const OptimStep&, const OptimTensor& t, const Factors&, int64_t begin, int64_t end, double* norms);
+  // Adds what these blocks add to the tensor's sums[2].
+  void (*sums)(const OptimStep&, const OptimTensor& t, const Factors&, int64_t begin, int64_t end, double* sums);
 };
 
 namespace portable {
@@ -284,16 +284,16 @@ struct StepLoops {
       return left_alone;
     }
 
-    // Sums of squares of the parameter and of what its norm is compared with.
-    void norms(const OptimTensor& t, const Factors& f, int64_t begin, int64_t end, double* sums) {
+    void sums(const OptimTensor& t, const Factors& f, int64_t begin, int64_t end, double* sums) {
       for (int64_t block = begin; block < end; ++block) {
         const BlockPlace place(t, block);
-        dispatch_float(static_cast<DType>(t.param_dtype), [&](auto type) {
-          using T = decltype(type);
-          const T* kept = static_cast<const T*>(t.compensation);
-          load_param(static_cast<const T*>(t.param) + place.first, kept ? kept + place.first : nullptr, place.count,
-                     param);
-        });
+        if constexpr (Rule::kSums == Sums::norms)
+          dispatch_float(static_cast<DType>(t.param_dtype), [&](auto type) {
+            using T = decltype(type);
+            const T* kept = static_cast<const T*>(t.compensation);
+            load_param(static_cast<const T*>(t.param) + place.first, kept ? kept + place.first : nullptr, place.count,
+                       param);
+          });
         dispatch_float(static_cast<DType>(t.grad_dtype), [&](auto type) {
           load_block(static_cast<const decltype(type)*>(t.grad) + place.first, place.count, grad);
         });
@@ -304,7 +304,16 @@ struct StepLoops {
           const int n = place.count - j < V::kWidth ? place.count - j : V::kWidth;
           F m[2], v, root;
           load_states(*this, t, place.first + j, n, absmax, m, v, root);
-          const F p = V::load(param + j), g = V::mul(V::load(grad + j), V::set(f.grad));
+          const F g = V::mul(V::load(grad + j), V::set(f.grad));
+          if constexpr (Rule::kSums == Sums::ratio) {
+            Rule::template direction<V>(f, g, g, m, v, root);  // for v, which neither the parameter nor m enters
+            const F ratio = Rule::template ratio<V>(f, g, v);
+            const typename V::M valid = V::both(V::finite(ratio), V::both(V::finite(root), V::lanes_below(n)));
+            sums[0] += V::sum(V::select(valid, ratio, V::set(0.0f)));
+            sums[1] += n;
+            continue;
+          }
+          const F p = V::load(param + j);
           F other = g;
           if constexpr (Rule::kSecond) other = Rule::template direction<V>(f, p, g, m, v, root);
           const typename V::M valid = V::both(V::finite(other), V::lanes_below(n));
@@ -330,23 +339,23 @@ struct StepLoops {
     return left_alone;
   }
 
-  static void norms(const OptimStep& s, const OptimTensor& t, const Factors& f, int64_t begin, int64_t end,
-                    double* sums) {
+  static void sums(const OptimStep& s, const OptimTensor& t, const Factors& f, int64_t begin, int64_t end,
+                   double* sums) {
     dispatch_rule(s.rule, [&](auto rule) {
       using Rule = decltype(rule);
-      if constexpr (Rule::kTrust) {
+      if constexpr (Rule::kSums != Sums::none) {
         if (t.quantized) {
           Block<Rule, true> block;
-          block.norms(t, f, begin, end, sums);
+          block.sums(t, f, begin, end, sums);
         } else {
           Block<Rule, false> block;
-          block.norms(t, f, begin, end, sums);
+          block.sums(t, f, begin, end, sums);
         }
       }
     });
   }
 
-  static constexpr OptimLoops table = {step, norms};
+  static constexpr OptimLoops table = {step, sums};
 };
 
 }  // namespace

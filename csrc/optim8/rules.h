@@ -29,8 +29,16 @@ HD float grad_factor(const OptimStep& s) {
   return s.grad_scale ? factor / *s.grad_scale : factor;
 }
 
-// t: the step's number; norms: [2] for rules that have kTrust, else unused.
-HD Factors factors_of(Rule rule, const Hyper& h, double lr, double t, float grad, const double* norms) {
+// Adam's bias correction as a coefficient: with beta * (1 - beta^(t-1)) / (1 - beta^t) an average weighs what came so
+// far as the corrected one does, from its first value on.
+HD double debiased(double beta, double t) {
+  if (t <= 1) return 0;
+  const double before = whole_power(beta, t - 1);
+  return beta * (1 - before) / (1 - beta * before);
+}
+
+// t: the step's number; sums: [2] of the tensor, or null where they are not known yet or the rule has none.
+HD Factors factors_of(Rule rule, const Hyper& h, double lr, double t, float grad, const double* sums) {
   Factors f{};
   f.grad = grad;
   f.eps = static_cast<float>(h.eps);
@@ -80,12 +88,22 @@ HD Factors factors_of(Rule rule, const Hyper& h, double lr, double t, float grad
       f.b = static_cast<float>(h.weight_decay);
       f.l2 = 0.0f;
       f.root_scale = static_cast<float>(1 / std::sqrt(correction2));
-      if (norms && norms[0] > 0 && norms[1] > 0) size = lr * (std::sqrt(norms[0]) / std::sqrt(norms[1]));
+      if (sums && sums[0] > 0 && sums[1] > 0) size = lr * (std::sqrt(sums[0]) / std::sqrt(sums[1]));
       break;
+    case Rule::stable_adamw: {
+      const double beta1 = debiased(h.beta1, t), beta2 = debiased(h.beta2, t);
+      f.beta2 = static_cast<float>(beta2);
+      f.rest1 = static_cast<float>(1 - beta1), f.rest2 = static_cast<float>(1 - beta2);
+      f.a = static_cast<float>(h.eps * h.eps);
+      if (sums && sums[0] > sums[1]) size = lr / std::sqrt(sums[0] / sums[1]);  // the mean is above 1
+      f.l2 = 0.0f;
+      f.shrink = static_cast<float>(1 - size * h.weight_decay);
+      break;
+    }
     default: break;
   }
-  if (rule == Rule::lars && norms && norms[0] > 0 && norms[1] > 0) {
-    const double p = std::sqrt(norms[0]), g = std::sqrt(norms[1]);
+  if (rule == Rule::lars && sums && sums[0] > 0 && sums[1] > 0) {
+    const double p = std::sqrt(sums[0]), g = std::sqrt(sums[1]);
     f.trust = static_cast<float>(h.trust_coefficient * p / (g + h.weight_decay * p + h.eps));
   }
   f.size = static_cast<float>(size);
@@ -124,7 +142,8 @@ HD typename V::F denominator(const Factors& f, typename V::F root) {
 struct SgdRule {
   static constexpr Rule kRule = Rule::sgd;
   static constexpr int kMoments = 0;
-  static constexpr bool kSecond = false, kTrust = false;
+  static constexpr bool kSecond = false;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>&, typename V::F&,
                                     typename V::F&) {
@@ -135,7 +154,8 @@ struct SgdRule {
 struct MomentumRule {
   static constexpr Rule kRule = Rule::momentum;
   static constexpr int kMoments = 1;
-  static constexpr bool kSecond = false, kTrust = false;
+  static constexpr bool kSecond = false;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m, typename V::F&,
                                     typename V::F&) {
@@ -148,7 +168,8 @@ struct MomentumRule {
 struct LarsRule {  // arXiv 1708.03888: momentum of trust * (g + weight_decay * p)
   static constexpr Rule kRule = Rule::lars;
   static constexpr int kMoments = 1;
-  static constexpr bool kSecond = false, kTrust = true;
+  static constexpr bool kSecond = false;
+  static constexpr Sums kSums = Sums::norms;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m, typename V::F&,
                                     typename V::F&) {
@@ -161,7 +182,8 @@ struct LarsRule {  // arXiv 1708.03888: momentum of trust * (g + weight_decay * 
 struct AdamRule {  // arXiv 1412.6980, 1711.05101
   static constexpr Rule kRule = Rule::adam;
   static constexpr int kMoments = 1;
-  static constexpr bool kSecond = true, kTrust = false;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m,
                                     typename V::F& v, typename V::F& root) {
@@ -175,7 +197,8 @@ struct AdamRule {  // arXiv 1412.6980, 1711.05101
 struct RmspropRule {
   static constexpr Rule kRule = Rule::rmsprop;
   static constexpr int kMoments = 0;
-  static constexpr bool kSecond = true, kTrust = false;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>&, typename V::F& v,
                                     typename V::F& root) {
@@ -188,7 +211,8 @@ struct RmspropRule {
 struct RmspropMomentumRule {
   static constexpr Rule kRule = Rule::rmsprop_momentum;
   static constexpr int kMoments = 1;
-  static constexpr bool kSecond = true, kTrust = false;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m,
                                     typename V::F& v, typename V::F& root) {
@@ -201,7 +225,8 @@ struct RmspropMomentumRule {
 struct AdagradRule {
   static constexpr Rule kRule = Rule::adagrad;
   static constexpr int kMoments = 0;
-  static constexpr bool kSecond = true, kTrust = false;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>&, typename V::F& v,
                                     typename V::F& root) {
@@ -215,7 +240,8 @@ struct AdagradRule {
 struct LionRule {  // arXiv 2302.06675
   static constexpr Rule kRule = Rule::lion;
   static constexpr int kMoments = 1;
-  static constexpr bool kSecond = false, kTrust = false;
+  static constexpr bool kSecond = false;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m, typename V::F&,
                                     typename V::F&) {
@@ -229,7 +255,8 @@ struct LionRule {  // arXiv 2302.06675
 struct AdemamixRule {  // arXiv 2409.03137
   static constexpr Rule kRule = Rule::ademamix;
   static constexpr int kMoments = 2;
-  static constexpr bool kSecond = true, kTrust = false;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::none;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m,
                                     typename V::F& v, typename V::F& root) {
@@ -244,13 +271,35 @@ struct AdemamixRule {  // arXiv 2409.03137
 struct LambRule {  // arXiv 1904.00962
   static constexpr Rule kRule = Rule::lamb;
   static constexpr int kMoments = 1;
-  static constexpr bool kSecond = true, kTrust = true;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::norms;
   template <class V>
   static HD typename V::F direction(const Factors& f, typename V::F p, typename V::F g, MomentsOf<V>& m,
                                     typename V::F& v, typename V::F& root) {
     m[0] = V::fma(V::set(f.rest1), V::sub(g, m[0]), m[0]);
     second_moment<V>(f, g, v, root);
     return V::fma(V::set(f.b), p, V::div(V::mul(V::set(f.a), m[0]), denominator<V>(f, root)));
+  }
+};
+
+// arXiv 2304.13013, Algorithm 2: AdamW whose step, decay included, is divided by the root of the mean over the tensor
+// of g^2 / max(v, eps^2), where that is above 1: where second moments have not caught up with the gradient.
+struct StableAdamwRule {
+  static constexpr Rule kRule = Rule::stable_adamw;
+  static constexpr int kMoments = 1;
+  static constexpr bool kSecond = true;
+  static constexpr Sums kSums = Sums::ratio;
+  template <class V>
+  static HD typename V::F direction(const Factors& f, typename V::F, typename V::F g, MomentsOf<V>& m, typename V::F& v,
+                                    typename V::F& root) {
+    m[0] = V::fma(V::set(f.rest1), V::sub(g, m[0]), m[0]);
+    second_moment<V>(f, g, v, root);
+    return V::div(m[0], V::add(root, V::set(f.eps)));
+  }
+  // What an element adds to the sum; v: its new second moment.
+  template <class V>
+  static HD typename V::F ratio(const Factors& f, typename V::F g, typename V::F v) {
+    return V::div(V::mul(g, g), V::max(v, V::set(f.a)));
   }
 };
 
@@ -271,6 +320,7 @@ void dispatch_rule(Rule rule, const F& call) {
     case Rule::ademamix: return call(AdemamixRule{});
     case Rule::lamb: return call(LambRule{});
     case Rule::lars: return call(LarsRule{});
+    case Rule::stable_adamw: return call(StableAdamwRule{});
   }
 }
 

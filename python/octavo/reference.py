@@ -19,6 +19,7 @@ from .reference_nf4 import nf4_quantize as nf4_quantize
 from .reference_nf4 import normal_float as normal_float
 from .reference_optim import mix_bits as mix_bits
 from .reference_optim import optim_step as optim_step
+from .reference_optim import optim_sums as optim_sums
 from .reference_optim import optim_table as optim_table
 from .reference_spqr import spqr_quantize_columns as spqr_quantize_columns
 from .reference_states import dynamic_map as dynamic_map

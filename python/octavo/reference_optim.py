@@ -2,7 +2,7 @@
 each rule with its roundings.
 
 The arithmetic is fp32 in a stated order with fused multiply-adds, exactly; states are coded as in
-`octavo.reference_states`. Only the norms of LAMB and LARS are sums in another order.
+`octavo.reference_states`. Only sums over whole tensors are in another order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .reference_states import dither, dither_key, fma, state_code, state_code_dithered, state_value
 
-_BLOCK, _CHUNK_BLOCKS, _WORDS = 256, 32, 17
+_BLOCK, _CHUNK_BLOCKS, _WORDS = 256, 32, 18
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HYPER = (
     *("lr", "weight_decay", "eps", "beta1", "beta2", "beta3", "dampening", "alpha", "alpha_steps", "beta3_steps"),
@@ -35,7 +35,10 @@ STATES = {
     "ademamix": (2, True),
     "lamb": (1, True),
     "lars": (1, False),
+    "stable_adamw": (1, True),
 }
+# What a rule has to know of whole tensors; csrc/optim8/optim8.h.
+SUMS = {"lamb": "norms", "lars": "norms", "stable_adamw": "ratio"}
 
 
 def _order(params: list[Tensor]) -> list[int]:
@@ -73,6 +76,7 @@ def optim_table(
         words += [*(scale.data_ptr() if quantized else 0 for scale in scales), *([0] * (3 - each))]
         words += [kept, steps[i].data_ptr(), param.numel(), row, row_blocks, first_block, len(chunks)]
         words += [_DTYPES[param.dtype] | _DTYPES[grads[i].dtype] << 32, int(quantized) | (ids[i] & 0xFFFFFFFF) << 32]
+        words.append(i)
         chunks += [position] * ((blocks + _CHUNK_BLOCKS - 1) // _CHUNK_BLOCKS)
         first_block += blocks
     pairs = torch.tensor(chunks + [0] * (len(chunks) % 2), dtype=torch.int32).view(torch.int64)
@@ -81,10 +85,10 @@ def optim_table(
 
 
 def _ids(table: Tensor, params: list[Tensor]) -> list[int]:
-    """The parameters' ids, which only the table has: the high half of their last word."""
+    """The parameters' ids, which only the table has: the high half of their last word but one."""
     ids = [0] * len(params)
     for position, i in enumerate(_order(params)):
-        ids[i] = int(table[position * _WORDS + _WORDS - 1]) >> 32 & 0xFFFFFFFF
+        ids[i] = int(table[position * _WORDS + _WORDS - 2]) >> 32 & 0xFFFFFFFF
     return ids
 
 
@@ -139,16 +143,24 @@ def _ademamix_beta3(h: dict[str, float], t: float) -> float:
     return min(math.exp(log1 * log3 / ((1 - part) * log3 + part * log1)), h["beta3"])
 
 
+def _debiased(beta: float, t: float) -> float:
+    """Adam's bias correction as a coefficient."""
+    if t <= 1:
+        return 0.0
+    before = _whole_power(beta, t - 1)
+    return beta * (1 - before) / (1 - beta * before)
+
+
 def factors_of(
-    rule: str, h: dict[str, float], lr: float, t: float, grad: float, norms: tuple[float, float] | None
+    rule: str, h: dict[str, float], lr: float, t: float, grad: float, sums: tuple[float, float] | None
 ) -> Factors:
-    """norms: of the parameter and of LAMB's update or LARS's gradient, once they are known."""
+    """sums: of the tensor, once they are known."""
     beta3 = _ademamix_beta3(h, t) if rule == "ademamix" else h["beta3"]
     decoupled, corrected = h["decoupled"] != 0, h["bias_correction"] != 0
     f = Factors(
         grad=grad,
         shrink=_f32(1 - lr * h["weight_decay"]) if decoupled else 1.0,
-        l2=0.0 if decoupled or rule == "lamb" else _f32(h["weight_decay"]),
+        l2=0.0 if decoupled or rule in ("lamb", "stable_adamw") else _f32(h["weight_decay"]),
         size=lr,
         beta1=_f32(h["beta1"]),
         rest1=_f32(1 - h["beta1"]),
@@ -171,16 +183,24 @@ def factors_of(
         f.a, f.b = _f32(1 / correction1), _f32(h["alpha"] * part)
     elif rule == "lamb":
         f.a, f.b = _f32(1 / correction1), _f32(h["weight_decay"])
-        if norms and min(norms) > 0:
-            f.size = lr * (norms[0] / norms[1])
+        if sums and min(sums) > 0:
+            f.size = lr * (math.sqrt(sums[0]) / math.sqrt(sums[1]))
+    elif rule == "stable_adamw":
+        beta1, beta2 = _debiased(h["beta1"], t), _debiased(h["beta2"], t)
+        f.beta2, f.rest1, f.rest2 = _f32(beta2), _f32(1 - beta1), _f32(1 - beta2)
+        f.a = _f32(h["eps"] * h["eps"])
+        if sums and sums[0] > sums[1]:
+            f.size = lr / math.sqrt(sums[0] / sums[1])
+        f.shrink = _f32(1 - f.size * h["weight_decay"])
     elif rule in ("momentum", "lars"):
         if t <= 1:  # torch starts the buffer with the gradient itself
             f.beta1, f.rest1 = 0.0, 1.0
         else:
             f.rest1 = _f32(1 - h["dampening"])
         f.a, f.b = (_f32(h["beta1"]), 1.0) if h["nesterov"] != 0 else (1.0, 0.0)
-        if rule == "lars" and norms and min(norms) > 0:
-            f.trust = _f32(h["trust_coefficient"] * norms[0] / (norms[1] + h["weight_decay"] * norms[0] + h["eps"]))
+        if rule == "lars" and sums and min(sums) > 0:
+            of_p, of_g = math.sqrt(sums[0]), math.sqrt(sums[1])
+            f.trust = _f32(h["trust_coefficient"] * of_p / (of_g + h["weight_decay"] * of_p + h["eps"]))
     f.size = _f32(f.size)
     return f
 
@@ -261,6 +281,11 @@ def _lamb(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple
     return fma(f.b, p, f.a * moment / _denominator(f, v)), [moment], v
 
 
+def _stable_adamw(f: Factors, p: Tensor, g: Tensor, m: list[Tensor], v: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    moment, v = _toward(f.rest1, g, m[0]), _second(f, g, v)
+    return moment / (_sqrt(v) + f.eps), [moment], v
+
+
 _RULES: dict[str, _Direction] = {
     "sgd": _sgd,
     "momentum": _momentum,
@@ -272,6 +297,7 @@ _RULES: dict[str, _Direction] = {
     "ademamix": _ademamix,
     "lamb": _lamb,
     "lars": _lars,
+    "stable_adamw": _stable_adamw,
 }
 
 
@@ -343,6 +369,90 @@ def _direction(rule: str, f: Factors, p: Tensor, g: Tensor, old: list[Tensor]) -
     return u, new, finite & new[1].isfinite() if moments == 2 else finite
 
 
+def _grad_factor(maximize: bool, grad_factor: Tensor | None, grad_scale: Tensor | None) -> float:
+    factor = torch.tensor(-1.0 if maximize else 1.0)
+    if grad_factor is not None:
+        factor = factor * grad_factor.cpu().reshape(())
+    if grad_scale is not None:
+        factor = factor / grad_scale.cpu().reshape(())
+    return float(factor)
+
+
+@dataclass
+class _Before:
+    """One tensor before a step, flat, in fp32."""
+
+    row: int
+    p: Tensor  # with what Kahan's compensation keeps
+    g: Tensor
+    kept: list[Tensor]  # the states: of a second moment in 8 bits the root
+    old: list[Tensor]  # as the rule takes them
+
+    @classmethod
+    def of(
+        cls,
+        rule: str,
+        param: Tensor,
+        grad: Tensor,
+        states: list[Tensor],
+        absmax: list[Tensor],
+        compensation: Tensor | None,
+    ) -> _Before:
+        moments, second = STATES[rule]
+        quantized = bool(states) and states[0].dtype is torch.uint8
+        row = _row(param, absmax[0] if quantized else None)
+        p, g = param.float().flatten(), grad.float().flatten()
+        if compensation is not None:
+            p = p + compensation.float().flatten()
+        kept = [
+            _decode(state, scale, row, not (second and s == moments)) if quantized else state.flatten()
+            for s, (state, scale) in enumerate(zip(states, absmax, strict=True))
+        ]
+        return cls(row, p, g, kept, [*kept[:-1], kept[-1] * kept[-1]] if quantized and second else kept)
+
+
+def _sums(rule: str, f: Factors, before: _Before) -> tuple[float, float]:
+    u, new, valid = _direction(rule, f, before.p, before.g, before.old)
+    g = before.g * f.grad
+    if SUMS[rule] == "ratio":
+        ratio = g * g / new[-1].clamp(min=f.a)
+        return float(ratio[valid & ratio.isfinite()].double().sum()), float(g.numel())
+    other = u if rule == "lamb" else g
+    valid = other.isfinite()
+    return float(before.p[valid].double().square().sum()), float(other[valid].double().square().sum())
+
+
+def optim_sums(
+    params: list[Tensor],
+    grads: list[Tensor],
+    steps: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    compensation: list[Tensor],
+    table: Tensor,
+    rule: str,
+    hyper: list[float],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    grad_factor: Tensor | None = None,
+    maximize: bool = False,
+) -> Tensor:
+    sums = torch.zeros((len(params), 2), dtype=torch.float64)
+    device = params[0].device if params else sums.device
+    if found_inf is not None and float(found_inf) != 0:
+        return sums.to(device)
+    h, each = dict(zip(HYPER, hyper, strict=True)), sum(STATES[rule])
+    factor = _grad_factor(maximize, grad_factor, grad_scale)
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        own, scales = states[i * each : (i + 1) * each], absmax[i * each : (i + 1) * each]
+        kept = compensation[i] if compensation and compensation[i].numel() else None
+        f = factors_of(rule, h, h["lr"], float(steps[i]), factor, None)
+        sums[i, 0], sums[i, 1] = _sums(rule, f, _Before.of(rule, param, grads[i], own, scales, kept))
+    return sums.to(device)
+
+
 def optim_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -361,48 +471,34 @@ def optim_step(
     maximize: bool = False,
     stochastic: bool = False,
     seed: int = 0,
+    sums: Tensor | None = None,
 ) -> None:
     if found_inf is not None and float(found_inf) != 0:
         return
     h = dict(zip(HYPER, hyper, strict=True))
     rate = h["lr"] if lr is None else float(lr)
-    factor = torch.tensor(-1.0 if maximize else 1.0)
-    if grad_factor is not None:
-        factor = factor * grad_factor.cpu().reshape(())
-    if grad_scale is not None:
-        factor = factor / grad_scale.cpu().reshape(())
+    factor = _grad_factor(maximize, grad_factor, grad_scale)
     moments, second = STATES[rule]
     each = moments + second
+    if sums is None and rule in SUMS:
+        lists = (params, grads, steps, states, absmax, compensation)
+        sums = optim_sums(*lists, table, rule, hyper, grad_scale, found_inf, grad_factor, maximize)
     for i, number in enumerate(_ids(table, params)):
         param, own, scales = params[i], states[i * each : (i + 1) * each], absmax[i * each : (i + 1) * each]
         if param.numel() == 0:
             continue
         kept = compensation[i] if compensation and compensation[i].numel() else None
         quantized = bool(own) and own[0].dtype is torch.uint8
-        row, t = _row(param, scales[0] if quantized else None), float(steps[i])
-        p, g = param.float().flatten(), grads[i].float().flatten()
-        if kept is not None:
-            p = p + kept.float().flatten()
-        stored = [
-            _decode(state, scale, row, not (second and s == moments)) if quantized else state.flatten()
-            for s, (state, scale) in enumerate(zip(own, scales, strict=True))
-        ]
-        old = [*stored[:-1], stored[-1] * stored[-1]] if quantized and second else stored
-        norms = None
-        if rule in ("lamb", "lars"):
-            first = factors_of(rule, h, rate, t, float(factor), None)
-            other = _direction(rule, first, p, g, old)[0] if rule == "lamb" else g * first.grad
-            valid = other.isfinite()
-            of_param, of_other = (float(x[valid].double().square().sum().sqrt()) for x in (p, other))
-            norms = (of_param, of_other)
-        f = factors_of(rule, h, rate, t, float(factor), norms)
-        shrunk = p * f.shrink
-        u, new, valid = _direction(rule, f, shrunk, g, old)
-        p = torch.where(valid, fma(-f.size, u, shrunk), p)
+        t, before = float(steps[i]), _Before.of(rule, param, grads[i], own, scales, kept)
+        row = before.row
+        f = factors_of(rule, h, rate, t, factor, None if sums is None else (float(sums[i, 0]), float(sums[i, 1])))
+        shrunk = before.p * f.shrink
+        u, new, valid = _direction(rule, f, shrunk, before.g, before.old)
+        p = torch.where(valid, fma(-f.size, u, shrunk), before.p)
         nonfinite += int((~valid).sum())
-        for s, (state, scale, value, before) in enumerate(zip(own, scales, new, stored, strict=True)):
+        for s, (state, scale, value, old) in enumerate(zip(own, scales, new, before.kept, strict=True)):
             root = second and s == moments
-            value = torch.where(valid, _sqrt(value) if root and quantized else value, before)
+            value = torch.where(valid, _sqrt(value) if root and quantized else value, old)
             if quantized:
                 # What is left alone keeps its code under the same absmax.
                 left = (_blocks_of(valid.float().neg() + 1, row) > 0).any(1)
