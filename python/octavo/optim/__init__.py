@@ -1,7 +1,7 @@
 """Optimizers with 8-bit states (arXiv 2110.02861): drop-in for those of torch.optim, on the CPU and on GPUs.
 
 Each is a `torch.optim.Optimizer` with torch's arguments and meaning, and the options of `Optimizer8bit`.
-Those called Paged keep states on the host.
+Those called Paged keep states on the host. StableAdamW and those called Paged without 8bit have fp32 states.
 """
 
 from ._base import Optimizer8bit
@@ -19,6 +19,8 @@ from ._paged import (
     PagedLion8bit,
     PagedRMSprop8bit,
     PagedSGD8bit,
+    PagedStableAdamW,
+    PagedStableAdamW8bit,
 )
 from ._rules import (
     Adagrad8bit,
@@ -30,6 +32,8 @@ from ._rules import (
     Lion8bit,
     RMSprop8bit,
     SGD8bit,
+    StableAdamW,
+    StableAdamW8bit,
 )
 
 __all__ = [
@@ -54,6 +58,10 @@ __all__ = [
     "PagedLion8bit",
     "PagedRMSprop8bit",
     "PagedSGD8bit",
+    "PagedStableAdamW",
+    "PagedStableAdamW8bit",
     "RMSprop8bit",
     "SGD8bit",
+    "StableAdamW",
+    "StableAdamW8bit",
 ]

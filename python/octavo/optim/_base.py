@@ -12,11 +12,11 @@ from torch._compile import _disable_dynamo  # its public name would import the c
 
 from .. import ops
 from . import _load, _state
-from ._foreach import advance, total_norm
-from ._launch import Launch
+from ._foreach import advance, over_shards, total_norm
+from ._launch import Launch, Shards
 from ._options import DEFAULTS, OF_PAGING, Options, check_group
 from ._paging import Page, Paging, aligned
-from ._state import FLOATS, RULES, Names, State
+from ._state import FLOATS, RULES, WITH_SUMS, State
 
 FORMAT_VERSION = 1
 _TABLES_KEPT = 16  # per group and device: gradients may alternate between a few addresses
@@ -73,6 +73,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
     grad_norm: Tensor | None = None
     _betas = 2  # how many, where the rule has any
+    _keeps_sums = False  # those of the last step over whole parameters, for the user
     _preset: ClassVar[Options] = {}  # what a class's options are unless they are given
     _paging: Paging | None = None
 
@@ -119,10 +120,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise ValueError(f"{where} must be float32, float16 or bfloat16, got {_dtype(param)} {list(param.shape)}")
         if group["rounding"] == "stochastic" and param.dtype is torch.float16:
             raise ValueError(f"{where}: rounding='stochastic' is for bfloat16, got float16 {list(param.shape)}")
-        if self._rule(group) in ("lamb", "lars") and _state.is_dtensor(param):
+        if self._paging is not None and self._rule(group) in WITH_SUMS and _state.is_dtensor(param):
             raise ValueError(
-                f"{where} is a DTensor of shape {list(param.shape)}: {type(self).__name__} needs the norms of whole "
-                "parameters, which their shards do not have"
+                f"{where} is a DTensor of shape {list(param.shape)}: {type(self).__name__} sums over all shards of its "
+                "parameters at once, which it cannot with paged=True, as processes page different ones"
             )
         if self._paging is not None:
             self._paging.check(param, where)
@@ -165,6 +166,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._tables: dict[tuple[object, ...], OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]] = {}
         self._captured: list[tuple[Tensor, Tensor]] = getattr(self, "_captured", [])  # CUDA graphs read these tables
         self._nonfinite: dict[torch.device, Tensor] = getattr(self, "_nonfinite", {})
+        self._sums: list[tuple[list[int], Tensor]] = []  # of the last step: numbers of parameters, `ops.optim_sums`
 
     def __getstate__(self) -> dict[str, Any]:
         if self._paging is None:
@@ -252,7 +254,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             paging = self._make_paged_states(paging)
             paging.prepare()
         for index, group in enumerate(self.param_groups):
-            rule, by_place = self._rule(group), dict[tuple[torch.device, Page | None], Launch]()
+            rule, by_place = self._rule(group), dict[tuple[torch.device, Page | None, Shards], Launch]()
             names, kahan, clips = RULES[rule], group["rounding"] == "kahan", group["max_grad_norm"] is not None
             for position, param in enumerate(group["params"]):
                 number += 1
@@ -265,29 +267,32 @@ class Optimizer8bit(torch.optim.Optimizer):
                         "ones are supported (an Embedding's, for one, with sparse=False)"
                     )
                 try:
-                    step, values, absmax, kept = _read(self.state[param], names, kahan and param.dtype is not wide)
+                    step, values, absmax, kept = _state.read(
+                        self.state[param], names, kahan and param.dtype is not wide
+                    )
                 except KeyError:
                     state = self._complete_state(group, rule, param, self._named(group, position, number))
-                    step, values, absmax, kept = _read(state, names, kahan and param.dtype is not wide)
-                p, g = cast(Tensor, param), grad
+                    step, values, absmax, kept = _state.read(state, names, kahan and param.dtype is not wide)
+                p, g, shards = cast(Tensor, param), grad, None
                 if dtensor is not None and isinstance(param, dtensor):
                     if isinstance(g, dtensor) and g.placements != param.placements:
                         g = g.redistribute(placements=param.placements)
+                    shards = (param.device_mesh, param.placements) if rule in WITH_SUMS else None
                     p, g = _state.local_of(p), _state.local_of(g)
                     values, absmax = [_state.local_of(v) for v in values], [_state.local_of(a) for a in absmax]
                     kept = None if kept is None else _state.local_of(kept)
                 counters.append(step)
                 if clips:
                     clipped.append((param, g))
-                if p.numel() == 0:
+                if p.numel() == 0 and rule not in WITH_SUMS:  # other processes may hold what there is to sum
                     continue
                 page = None if paging is None else paging.page_of(param)
                 if paging is not None and page is not None:
                     values, absmax = paging.stage(page, values), paging.stage(page, absmax)
                     kept = None if kept is None else paging.stage(page, [kept])[0]
-                launch = by_place.get((p.device, page))
+                launch = by_place.get((p.device, page, shards))
                 if launch is None:
-                    launch = by_place[p.device, page] = Launch(group, index, rule, p.device, page)
+                    launch = by_place[p.device, page, shards] = Launch(group, index, rule, p.device, page, shards)
                 if not p.is_contiguous():
                     launch.copies.append((p, copy := p.contiguous()))
                     p = copy
@@ -332,15 +337,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             cache.move_to_end(key)
         else:
             self._check_launch(launch)
-            host = ops.optim_table(
-                launch.params,
-                launch.grads,
-                launch.steps,
-                launch.states,
-                launch.absmax,
-                launch.compensation,
-                launch.ids,
-            )
+            host = ops.optim_table(*launch.lists(), launch.ids)
             if launch.device.type == "cpu":
                 cache[key] = (host, host)
             else:
@@ -375,24 +372,25 @@ class Optimizer8bit(torch.optim.Optimizer):
         if device not in self._nonfinite:
             self._nonfinite[device] = torch.zeros(1, dtype=torch.int64, device=device)
         assert launch.table is not None
+        scale = None if scale is None else scale.to(device, torch.float32, non_blocking=True)
+        found = None if found is None else found.to(device, torch.float32, non_blocking=True)
+        of_rule, of_grads = (launch.table, launch.rule, launch.hyper), (scale, found, factor)
+        sums, maximize = None, bool(group["maximize"])
+        if launch.shards is not None or self._keeps_sums:
+            sums = ops.optim_sums(*launch.lists(), *of_rule, *of_grads, maximize)
+            if launch.shards is not None:
+                sums = over_shards(sums, launch.shards)
+            self._sums.append((launch.ids, sums))
         ops.optim_step(
-            launch.params,
-            launch.grads,
-            launch.steps,
-            launch.states,
-            launch.absmax,
-            launch.compensation,
+            *launch.lists(),
             self._nonfinite[device],
-            launch.table,
-            launch.rule,
-            launch.hyper,
+            *of_rule,
             launch.lr,
-            None if scale is None else scale.to(device, torch.float32, non_blocking=True),
-            None if found is None else found.to(device, torch.float32, non_blocking=True),
-            factor,
-            bool(group["maximize"]),
+            *of_grads,
+            maximize,
             group["rounding"] == "stochastic",
             group["seed"],
+            sums,
         )
         for param, copy in launch.copies:
             param.copy_(copy)
@@ -417,6 +415,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         if clipped:
             self._clip(clipped, scale)
         advance(counters, None)
+        self._sums = []
         for launch in launches:
             if launch.page is None:
                 self._launch(launch, scale, found)
@@ -475,16 +474,6 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-
-def _read(
-    state: State, names: Names, with_compensation: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
-    """A parameter's step, states, absmax (none in 32 bit) and compensation; KeyError where one is missing."""
-    quantized = bool(names.absmax) and names.absmax[0] in state
-    values = [state[key] for key in (names.codes if quantized else names.plain)]
-    absmax = [state[key] for key in names.absmax] if quantized else []
-    return state["step"], values, absmax, state["compensation"] if with_compensation else None
 
 
 _EMPTY: dict[torch.device, Tensor] = {}

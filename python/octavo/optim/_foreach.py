@@ -43,14 +43,21 @@ def total_norm(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
             plain.append(grad)
     sums = [_squares(grads) for grads in by_device(plain).values()]
     for (mesh, placements), grads in meshes.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        kinds = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-        sums.append(DTensor.from_local(_squares(grads), mesh, kinds, run_check=False).full_tensor())
+        sums.append(over_shards(_squares(grads), (mesh, placements)))
     for part in sums:
         total = part if total is None else total + part.to(total.device, non_blocking=True)
     assert total is not None
     return total.sqrt().float()
+
+
+def over_shards(local: Tensor, shards: tuple[Any, tuple[Any, ...]]) -> Tensor:
+    """The sum of what every process has, over the dimensions of the mesh that shard, not those that replicate: one
+    all-reduce each, without synchronisation."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, placements = shards
+    kinds = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(local, mesh, kinds, run_check=False).full_tensor()
 
 
 def _squares(grads: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from ._rules import (
     Lion8bit,
     RMSprop8bit,
     SGD8bit,
+    StableAdamW8bit,
 )
 
 _PAGED = Options(paged=True)
@@ -76,6 +77,12 @@ class PagedSGD8bit(SGD8bit):
     _preset = _PAGED
 
 
+class PagedStableAdamW8bit(StableAdamW8bit):
+    """`StableAdamW8bit` with ``paged=True``: see `Optimizer8bit`."""
+
+    _preset = _PAGED
+
+
 class PagedAdam(Adam8bit):
     """`Adam8bit` with ``paged=True`` and ``bits=32``: fp32 states, see `Optimizer8bit`."""
 
@@ -96,5 +103,11 @@ class PagedAdEMAMix(AdEMAMix8bit):
 
 class PagedLion(Lion8bit):
     """`Lion8bit` with ``paged=True`` and ``bits=32``: fp32 states, see `Optimizer8bit`."""
+
+    _preset = _PAGED_32
+
+
+class PagedStableAdamW(StableAdamW8bit):
+    """`StableAdamW8bit` with ``paged=True`` and ``bits=32``: fp32 states, see `Optimizer8bit`."""
 
     _preset = _PAGED_32

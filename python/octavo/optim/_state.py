@@ -55,7 +55,21 @@ RULES = {
     "ademamix": _names(("exp_avg", "exp_avg_slow"), "exp_avg_sq"),
     "lamb": _names(("exp_avg",), "exp_avg_sq"),
     "lars": _names(("momentum_buffer",), None),
+    "stable_adamw": _names(("exp_avg",), "exp_avg_sq"),
 }
+
+
+WITH_SUMS = ("lamb", "lars", "stable_adamw")  # over whole parameters: `octavo.ops.optim_sums`
+
+
+def read(
+    state: State, names: Names, with_compensation: bool
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    """A parameter's step, states, absmax (none in 32 bit) and compensation; KeyError where one is missing."""
+    quantized = bool(names.absmax) and names.absmax[0] in state
+    values = [state[key] for key in (names.codes if quantized else names.plain)]
+    absmax = [state[key] for key in names.absmax] if quantized else []
+    return state["step"], values, absmax, state["compensation"] if with_compensation else None
 
 
 # ---- sharded tensors -----------------------------------------------------------------------------------------------
