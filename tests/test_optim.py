@@ -58,7 +58,9 @@ def test_8_bits_are_near(name: str, options: dict[str, object], device: str):
     assert all(v.dtype is torch.float32 for p in ours[2:] for v in optimizer.state[p].values())
 
 
-@pytest.mark.parametrize("kind", [optim.Lion8bit, optim.LAMB8bit, optim.LARS8bit, optim.AdEMAMix8bit])
+@pytest.mark.parametrize(
+    "kind", [optim.Lion8bit, optim.LAMB8bit, optim.LARS8bit, optim.AdEMAMix8bit, optim.StableAdamW8bit]
+)
 def test_8_bits_are_near_32(kind: type[optim.Optimizer8bit], device: str):
     ours, wide, start = parameters(device), parameters(device), parameters(device)
     train(kind(ours, lr=1e-2), ours, 10)

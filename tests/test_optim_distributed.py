@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -117,11 +117,11 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
 # ---- DistributedDataParallel -----------------------------------------------------------------------------------------
 
 
-def _ddp(rank: int, world: int) -> None:
+def _ddp(rank: int, world: int, kind: str) -> None:
     model = torch.nn.parallel.DistributedDataParallel(Model())
-    optimizer = optim.AdamW8bit(model.parameters(), **options(max_grad_norm=0.1))
+    optimizer = getattr(optim, kind)(model.parameters(), **options(max_grad_norm=0.1))
     train(model, optimizer, range(4), rank, world)
-    assert_near(model, alone(4, **options(max_grad_norm=0.1)))
+    assert_near(model, alone(4, getattr(optim, kind), **options(max_grad_norm=0.1)))
     for p in model.parameters():  # the same on all processes, to the bit
         copies = [torch.empty_like(p) for _ in range(world)]
         dist.all_gather(copies, p.detach())
@@ -144,8 +144,9 @@ def _accumulate(rank: int, world: int) -> None:
     assert_near(model, whole)
 
 
-def test_ddp():
-    in_two_processes(_ddp)
+@pytest.mark.parametrize("kind", ["AdamW8bit", "StableAdamW8bit"])
+def test_ddp(kind: str):
+    in_two_processes(_ddp, kind)
 
 
 def test_gradient_accumulation():
@@ -180,6 +181,10 @@ def _fsdp(rank: int, world: int, kind: str, changes: dict[str, Any]) -> None:
         ("AdamW8bit", options(bits=32, max_grad_norm=0.05)),
         ("SGD8bit", options(lr=0.1, momentum=0.9, max_grad_norm=0.05)),
         ("AdEMAMix8bit", options()),
+        ("LAMB8bit", options(lr=1e-2)),
+        ("LARS8bit", options(lr=0.1, weight_decay=0.1, trust_coefficient=0.1)),
+        ("StableAdamW8bit", options()),
+        ("StableAdamW", options(max_grad_norm=0.05)),
     ],
     ids=str,
 )
@@ -187,15 +192,57 @@ def test_fsdp_is_one_process(kind: str, changes: dict[str, Any]):
     in_two_processes(_fsdp, kind, changes)
 
 
-def _refuse(rank: int, world: int) -> None:
+def _sums_of_shards(rank: int, world: int) -> None:
+    """The same on all processes, and as in one: also of parameters of which a process has nothing, of those that are
+    replicated, and of gradients that are 0 everywhere but in one process's part."""
+    whole, generator = Model(), torch.Generator().manual_seed(2)
+    optimizer = optim.StableAdamW(whole.parameters(), lr=1e-3)
+    grads = [[torch.randn(p.shape, generator=generator) for p in whole.parameters()] for _ in range(3)]
+    for p, g in zip(whole.parameters(), grads[2], strict=True):
+        g *= 100
+        g[: (len(p) + 1) // 2] = 0  # of the second process: another mean than that of the first
+    meshes = [
+        init_device_mesh("cpu", (world,)),
+        init_device_mesh("cpu", (world, 1), mesh_dim_names=("replicate", "shard")),
+        init_device_mesh("cpu", (1, world), mesh_dim_names=("replicate", "shard")),
+    ]
+    models = [Model() for _ in meshes]
+    for model, mesh in zip(models, meshes, strict=True):
+        fully_shard(model, mesh=mesh)
+    others = [optim.StableAdamW(model.parameters(), lr=1e-3) for model in models]
+    single = torch.nn.Parameter(torch.ones(500))  # beside them, of this process alone
+    others[0].add_param_group({"params": [single]})
+    for step in grads:
+        single.grad = torch.full((500,), rank + 1.0)
+        for model in (whole, *models):
+            for p, g in zip(model.parameters(), step, strict=True):
+                p.grad = g if model is whole else distribute_tensor(g, p.device_mesh, p.placements)
+        for each in (optimizer, *others):
+            each.step()
+    wanted = torch.stack(optimizer.rms())
+    assert float(wanted.max()) > 1.2
+    for other in others:
+        torch.testing.assert_close(torch.stack(other.rms()[: len(wanted)]), wanted, rtol=1e-6, atol=0.0)
+        (_, sums), *_ = other._sums
+        assert sums[:, 1].tolist() == [p.numel() for p in whole.parameters()]
+    for model in models:
+        for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(full(p), q.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_sums_go_over_all_shards():
+    in_two_processes(_sums_of_shards)
+
+
+def _refuse_pages(rank: int, world: int) -> None:
     model = shard(world)
-    for kind in (optim.LAMB8bit, optim.LARS8bit):
-        with pytest.raises(ValueError, match=rf"parameter 0 is a DTensor of shape .*{kind.__name__} needs the norms"):
-            kind(model.parameters())
+    for kind in (optim.LAMB8bit, optim.LARS8bit, optim.StableAdamW):
+        with pytest.raises(ValueError, match=rf"parameter 0 is a DTensor .*{kind.__name__} sums over all shards"):
+            kind(model.parameters(), paged=True)
 
 
-def test_layer_wise_norms_refuse_shards():
-    in_two_processes(_refuse)
+def test_sums_over_shards_refuse_pages():
+    in_two_processes(_refuse_pages)
 
 
 def _paged(rank: int, world: int, folder: Path) -> None:

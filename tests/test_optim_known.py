@@ -24,7 +24,9 @@ def test_no_gradient_no_drift(kind: type[optim.Optimizer8bit], device: str):
     assert bool((p[::2] == 1).all()) and float((p[1::2] == 1).float().mean()) < 0.1
 
 
-@pytest.mark.parametrize("kind", [optim.Adam8bit, optim.AdEMAMix8bit, optim.RMSprop8bit, optim.LAMB8bit])
+@pytest.mark.parametrize(
+    "kind", [optim.Adam8bit, optim.AdEMAMix8bit, optim.RMSprop8bit, optim.LAMB8bit, optim.StableAdamW8bit]
+)
 def test_a_rare_small_gradient_does_not_blow_up(kind: type[optim.Optimizer8bit], device: str):
     """One small gradient, then zeros, beside a block mate whose gradients are 1e4 times bigger: the second moment of
     the first must not become 0 under a first moment that is not."""

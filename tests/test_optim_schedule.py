@@ -225,7 +225,7 @@ def test_staged_steps_are_the_same(kind: type[optim.Optimizer8bit], options: dic
         assert mine.paged_bytes() > 0 and FakeCuda.made[0].copied == 6 * mine.paged_bytes()
 
 
-@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.LAMB8bit])
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.LAMB8bit, optim.StableAdamW8bit])
 def test_staged_steps_on_every_machine(kind: type[optim.Optimizer8bit], ops: Ops, gpu: Any, monkeypatch: Any):
     """The CUDA kernels, too, where they run on the host: on buffers, with addresses of buffers in their tables."""
     if ops.backend == "cuda":
@@ -233,6 +233,7 @@ def test_staged_steps_on_every_machine(kind: type[optim.Optimizer8bit], ops: Ops
     packets = getattr(torch.ops, ops.namespace)
     monkeypatch.setattr(octavo.ops, "optim_table", packets.optim_table)
     monkeypatch.setattr(octavo.ops, "optim_step", packets.optim_step)
+    monkeypatch.setattr(octavo.ops, "optim_sums", packets.optim_sums)
     FakeCuda.order = ("compute", "out", "in")
     ours, theirs = many(), many()
     mine, other = kind(ours, max_grad_norm=1.0, **gpu), kind(theirs, max_grad_norm=1.0)

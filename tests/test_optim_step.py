@@ -229,6 +229,42 @@ def test_stochastic_rounding_draws_the_reference_numbers(ops: Ops, seed: int):
             assert torch.equal(p, q)  # no codes here: the sum is the same to the bit
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("rule", SUMS)
+def test_sums(ops: Ops, rule: str, quantized: bool):
+    """Of every parameter, in their order, without the elements left alone; a step with given sums uses them."""
+    run, generator = make(rule, quantized, torch.bfloat16), torch.Generator().manual_seed(1)
+    for number in range(2):
+        run.step(None, gradients(run, generator, FLOATS[number]), VALUES)
+    grads = gradients(run, generator, torch.float32)
+    grads[0][1, 2], grads[1][3, 3], grads[2][0] = float("nan"), float("inf"), -float("inf")
+    for step in run.steps:
+        step += 1
+    numbers, options = [VALUES.get(name, 0.0) for name in HYPER], {"maximize": True, "grad_scale": torch.tensor(3.0)}
+    device = "cuda" if ops.backend == "cuda" else "cpu"
+    moved = [[t.to(device) for t in tensors] for tensors in run.lists(grads)]
+    packets = getattr(torch.ops, ops.namespace)
+    table = packets.optim_table(*moved, IDS).to(device)
+    given = {**options, "grad_scale": options["grad_scale"].to(device)}
+    sums = packets.optim_sums(*moved, table, rule, numbers, **given)
+    wanted = reference.optim_sums(*run.lists(grads), table.cpu(), rule, numbers, **options)
+    torch.testing.assert_close(sums.cpu(), wanted, rtol=1e-12, atol=0.0)
+    assert bool((wanted[:3] > 0).all()) and not bool(wanted[3].any())
+    found = torch.ones((), device=device)
+    assert not bool(packets.optim_sums(*moved, table, rule, numbers, **given, found_inf=found).any())
+    # Given ones are used: of 9 times the size in the first column, for one. (Of fp32 parameters it is sure to show.)
+    ways = []
+    for factor in (None, 1.0, 9.0):
+        lists = copy.deepcopy(moved)
+        nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        table = packets.optim_table(*lists, IDS).to(device)
+        more = None if factor is None else sums * torch.tensor([factor, 1.0], dtype=torch.float64, device=device)
+        packets.optim_step(*lists, nonfinite, table, rule, numbers, **given, sums=more)
+        ways.append(lists[0])
+    assert all(torch.equal(p, q) for p, q in zip(ways[0], ways[1], strict=True))
+    assert not torch.equal(ways[0][1], ways[2][1])
+
+
 def test_table_is_as_documented():
     run = make("ademamix", True, torch.float16, kahan=True)
     lists = run.lists([torch.zeros_like(p) for p in run.params])
@@ -237,7 +273,8 @@ def test_table_is_as_documented():
     assert len(table) == octavo.ops.table_words(run.params, run.absmax)
 
 
-def test_threads_do_not_change_bits(generator: torch.Generator):
+@pytest.mark.parametrize("kind", [octavo.optim.LAMB8bit, octavo.optim.StableAdamW8bit])
+def test_threads_do_not_change_bits(kind: type[octavo.optim.Optimizer8bit], generator: torch.Generator):
     threads, results = torch.get_num_threads(), []
     start, grad = torch.randn(1 << 20, generator=generator), torch.randn(1 << 20, generator=generator)
     try:
@@ -245,7 +282,7 @@ def test_threads_do_not_change_bits(generator: torch.Generator):
             torch.set_num_threads(count)
             param = start.clone().bfloat16().requires_grad_()
             param.grad = grad.bfloat16()
-            optimizer = octavo.optim.LAMB8bit([param], rounding="stochastic")
+            optimizer = kind([param], rounding="stochastic")
             for _ in range(3):
                 optimizer.step()
             results.append((param, optimizer.state[param]))

@@ -35,6 +35,7 @@ int64_t check_absmax(const char* op, size_t i, const Tensor& absmax, const Tenso
   check_dtype(op, "absmax", absmax, ScalarType::Float);
   STD_TORCH_CHECK(absmax.is_contiguous() && device_of(absmax) == device_of(param), where(op, "absmax", i),
                   " must be contiguous and on ", device_of(param));
+  if (count == 0 && absmax.numel() == 0) return 0;  // of a shard of no rows: [0, blocks of a row]
   if (absmax.dim() == 1 && absmax.size(0) == ceil_div(count, kOptimBlock)) return count;
   if (absmax.dim() == 2 && absmax.size(0) > 0 && count % absmax.size(0) == 0) {
     const int64_t row = count / absmax.size(0);

@@ -48,7 +48,8 @@ def _order(params: list[Tensor]) -> list[int]:
 
 def _row(param: Tensor, absmax: Tensor | None) -> int:
     """Elements of a row, which blocks do not cross."""
-    return param.numel() // absmax.shape[0] if absmax is not None and absmax.dim() == 2 else param.numel()
+    in_rows = absmax is not None and absmax.dim() == 2 and absmax.shape[0] > 0
+    return param.numel() // absmax.shape[0] if absmax is not None and in_rows else param.numel()
 
 
 def optim_table(
