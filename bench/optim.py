@@ -1,4 +1,4 @@
-"""One step of AdamW over about 100 M parameters: octavo in 8 and 32 bits, torch, bitsandbytes, torchao.
+"""One step of AdamW over about 100 M parameters: octavo in 8 and 32 bits, StableAdamW, torch, bitsandbytes, torchao.
 
 `python -m octavo.bench.optim METHOD COUNT DEVICE` prints the memory of one contender as a JSON object: bytes of state
 per parameter, and the peak of a step beyond parameters, gradients and states.
@@ -47,6 +47,13 @@ def paged_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
     )
 
 
+def stable_adamw(params: list[Tensor], bits: int) -> torch.optim.Optimizer:
+    import octavo
+
+    made: torch.optim.Optimizer = octavo.optim.StableAdamW(params, **HYPER, bits=bits)
+    return made
+
+
 def torch_adamw(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, **HYPER, **options)
 
@@ -71,6 +78,7 @@ class Method:
     build: Build
     step_bytes: float  # per fp32 parameter: what a step must read and write
     slow: bool = False  # left out of a quick run
+    gradient_reads: int = 1
 
 
 DEFAULT = "octavo AdamW8bit"
@@ -78,6 +86,8 @@ METHODS = (
     Method(DEFAULT, octavo_adamw, 16 + 4 * 4 / 256),
     Method("octavo AdamW8bit, bits=32", functools.partial(octavo_adamw, bits=32), 28),
     Method("octavo AdamW8bit, paged", paged_adamw, 16 + 4 * 4 / 256),
+    Method("octavo StableAdamW8bit", functools.partial(stable_adamw, bits=8), 21 + 5 * 4 / 256, gradient_reads=2),
+    Method("octavo StableAdamW", functools.partial(stable_adamw, bits=32), 36, gradient_reads=2),
     Method("torch AdamW fused", functools.partial(torch_adamw, fused=True), 28),
     Method("torch AdamW foreach", functools.partial(torch_adamw, foreach=True), 28),
     Method("bitsandbytes AdamW8bit", bitsandbytes_adamw, 16 + 4 * 4 / 256),
@@ -123,7 +133,8 @@ def bench(
             continue
         calls[method.name] = [step]
     timings = common.time_paired(calls, effort, common.clock_for(device))
-    saved = 3 * (4 - dtype.itemsize)  # parameter read and written, gradient read
+    narrower = 4 - dtype.itemsize  # than the fp32 that step_bytes counts: a parameter read and written, gradients read
+    moved = {method.name: count * (method.step_bytes - (2 + method.gradient_reads) * narrower) for method in METHODS}
     return [
         Row(
             f"AdamW step, {label}",
@@ -133,11 +144,11 @@ def bench(
             measured.threads,
             **common.timed(timings[method.name], timings, None if method.name == DEFAULT else DEFAULT),
             ops=0.0,
-            bytes=count * (method.step_bytes - saved),
+            bytes=moved[method.name],
             copies=1,
             from_memory=count * dtype.itemsize > 4 * common.last_level_cache(),
             limit="memory",
-            limit_share=count * (method.step_bytes - saved) / measured.read / timings[method.name].median,
+            limit_share=moved[method.name] / measured.read / timings[method.name].median,
         )
         for method in METHODS
         if method.name in timings

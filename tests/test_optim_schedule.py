@@ -212,7 +212,8 @@ def assert_same(a: optim.Optimizer8bit, b: optim.Optimizer8bit) -> None:
 def test_staged_steps_are_the_same(kind: type[optim.Optimizer8bit], options: dict[str, Any], order: Any, gpu: Any):
     FakeCuda.order = order
     dtype = torch.bfloat16 if "rounding" in options else torch.float32
-    budget = {**gpu, "device_budget": 200_000 if "bits" in options else 70_000}
+    wide = kind is optim.StableAdamW or "bits" in options
+    budget = {**gpu, "device_budget": 200_000 if wide else 70_000}
     ours, theirs = many(dtype), many(dtype)
     mine, other = kind(ours, lr=1e-2, **options, **budget), kind(theirs, lr=1e-2, **options)
     for seed in range(3):
