@@ -162,10 +162,14 @@ struct Vec {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
   }
-  static double sum(F v) {
-    return reduce_add(
-        _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))));
+  struct Sum {  // of many vectors, in double
+    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  };
+  static void add_to(Sum& sum, F v) {
+    sum.low = _mm256_add_pd(sum.low, _mm256_cvtps_pd(_mm256_castps256_ps128(v)));
+    sum.high = _mm256_add_pd(sum.high, _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
   }
+  static double total(const Sum& sum) { return reduce_add(_mm256_add_pd(sum.low, sum.high)); }
   static double sum_of_squares(F v) {
     const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
     const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));

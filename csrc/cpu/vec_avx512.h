@@ -106,10 +106,14 @@ struct Vec {
   static void store_high_halves(BFloat16* p, U v, int n = kWidth) {
     _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
   }
-  static double sum(F v) {
-    return _mm512_reduce_add_pd(
-        _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))));
+  struct Sum {  // of many vectors, in double
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  };
+  static void add_to(Sum& sum, F v) {
+    sum.low = _mm512_add_pd(sum.low, _mm512_cvtps_pd(_mm512_castps512_ps256(v)));
+    sum.high = _mm512_add_pd(sum.high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
   }
+  static double total(const Sum& sum) { return _mm512_reduce_add_pd(_mm512_add_pd(sum.low, sum.high)); }
   static double sum_of_squares(F v) {
     const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));

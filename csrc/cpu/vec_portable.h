@@ -74,7 +74,9 @@ struct Vec {
   static U load_codes(const uint8_t* p, int = kWidth) { return *p; }
   static void store_codes(uint8_t* p, U codes, int = kWidth) { *p = static_cast<uint8_t>(codes); }
   static void store_high_halves(BFloat16* p, U v, int = kWidth) { p->bits = static_cast<uint16_t>(v >> 16); }
-  static double sum(F v) { return static_cast<double>(v); }
+  using Sum = double;
+  static void add_to(Sum& sum, F v) { sum += static_cast<double>(v); }
+  static double total(Sum sum) { return sum; }
   static double sum_of_squares(F v) { return static_cast<double>(v) * static_cast<double>(v); }
   static float reduce_add(F v) { return v; }
   static constexpr bool kLooksUpHalves = false;  // as vec_avx512.h does

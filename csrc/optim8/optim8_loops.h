@@ -285,6 +285,7 @@ struct StepLoops {
     }
 
     void sums(const OptimTensor& t, const Factors& f, int64_t begin, int64_t end, double* sums) {
+      typename V::Sum ratios{};
       for (int64_t block = begin; block < end; ++block) {
         const BlockPlace place(t, block);
         if constexpr (Rule::kSums == Sums::norms)
@@ -300,26 +301,36 @@ struct StepLoops {
         float absmax[kSlots] = {};
         if constexpr (kQuantized)
           for (int s = 0; s < kStates; ++s) absmax[s] = t.absmax[s][block];
-        for (int j = 0; j < place.count; j += V::kWidth) {
-          const int n = place.count - j < V::kWidth ? place.count - j : V::kWidth;
-          F m[2], v, root;
-          load_states(*this, t, place.first + j, n, absmax, m, v, root);
-          const F g = V::mul(V::load(grad + j), V::set(f.grad));
-          if constexpr (Rule::kSums == Sums::ratio) {
-            Rule::template direction<V>(f, g, g, m, v, root);  // for v, which neither the parameter nor m enters
-            const F ratio = Rule::template ratio<V>(f, g, v);
-            const typename V::M valid = V::both(V::finite(ratio), V::both(V::finite(root), V::lanes_below(n)));
-            sums[0] += V::sum(V::select(valid, ratio, V::set(0.0f)));
-            sums[1] += n;
-            continue;
-          }
-          const F p = V::load(param + j);
-          F other = g;
-          if constexpr (Rule::kSecond) other = Rule::template direction<V>(f, p, g, m, v, root);
-          const typename V::M valid = V::both(V::finite(other), V::lanes_below(n));
-          sums[0] += V::sum_of_squares(V::select(valid, p, V::set(0.0f)));
-          sums[1] += V::sum_of_squares(V::select(valid, other, V::set(0.0f)));
-        }
+        if constexpr (Rule::kSums == Sums::ratio) sums[1] += place.count;
+        int j = 0;
+        for (; j + V::kWidth <= place.count; j += V::kWidth)
+          add_sums<true>(t, f, place, absmax, j, V::kWidth, ratios, sums);
+        if (j < place.count) add_sums<false>(t, f, place, absmax, j, place.count - j, ratios, sums);
+      }
+      if constexpr (Rule::kSums == Sums::ratio) sums[0] += V::total(ratios);
+    }
+
+    template <bool kWhole>
+    __attribute__((always_inline)) void add_sums(const OptimTensor& t, const Factors& f, const BlockPlace& place,
+                                                 const float* absmax, int j, int n, typename V::Sum& ratios,
+                                                 double* sums) {
+      if constexpr (kWhole) n = V::kWidth;
+      F m[2], v, root;
+      load_states(*this, t, place.first + j, n, absmax, m, v, root);
+      const F g = V::mul(V::load(grad + j), V::set(f.grad));
+      if constexpr (Rule::kSums == Sums::ratio) {
+        Rule::template direction<V>(f, g, g, m, v, root);  // for v: neither the parameter nor m enters it
+        const F ratio = Rule::template ratio<V>(f, g, v);
+        const typename V::M stays = V::both(V::finite(v), V::at_least(v, V::set(0.0f)));  // v has a root
+        const typename V::M valid = V::both(V::both(V::finite(ratio), stays), V::lanes_below(n));
+        V::add_to(ratios, V::select(valid, ratio, V::set(0.0f)));
+      } else {
+        const F p = V::load(param + j);
+        F other = g;
+        if constexpr (Rule::kSecond) other = Rule::template direction<V>(f, p, g, m, v, root);
+        const typename V::M valid = V::both(V::finite(other), V::lanes_below(n));
+        sums[0] += V::sum_of_squares(V::select(valid, p, V::set(0.0f)));
+        sums[1] += V::sum_of_squares(V::select(valid, other, V::set(0.0f)));
       }
     }
   };
