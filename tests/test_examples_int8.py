@@ -21,8 +21,6 @@ from typer.testing import CliRunner, Result
 pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("--batch", "2", "--layers", "1", "--threads", "1", "--validation", "8")
-NEW_OPTIMIZERS = hasattr(octavo.optim, "StableAdamW")
-NEW_LAYERS = hasattr(octavo.nn, "SwitchBackLinear")
 
 
 @pytest.fixture
@@ -72,7 +70,6 @@ def test_missing_data_are_named(example: Any, tmp_path: Path, name: str) -> None
 # ---- loss_spikes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not NEW_OPTIMIZERS, reason="octavo.optim has no StableAdamW")
 def test_loss_spikes(example: Any, fashion: Path, tmp_path: Path) -> None:
     options = ("--steps", 16, "--change", 8, "--seeds", 2, "--width", 64, "--clip", 0.5, "--lr", 1e-3)
     result = run(example("loss_spikes"), *TINY, *options, "--data", fashion, "--out", tmp_path)
@@ -133,7 +130,6 @@ def test_rms_of_a_stale_second_moment(example: Any, kind: Any) -> None:
     assert bool(optimizer.state[model.patch.weight].get("exp_avg_sq_root") is None) == (kind is torch.optim.AdamW)
 
 
-@pytest.mark.skipif(not NEW_OPTIMIZERS, reason="octavo.optim has no StableAdamW")
 def test_rms_that_the_optimizer_tells(example: Any) -> None:
     module, model = example("loss_spikes"), Line()
     exact = stepped(module, torch.optim.AdamW(model.parameters()), model, module.Signal(4, 0.1), 6)
@@ -178,7 +174,6 @@ def test_spikes_of_known_losses(example: Any) -> None:
 # ---- int8_training -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not NEW_LAYERS, reason="octavo.nn has no SwitchBackLinear")
 def test_int8_training(example: Any, fashion: Path, tmp_path: Path) -> None:
     module = example("int8_training")
     options = ("--steps", 4, "--seeds", 2, "--width", 32, "--control")
@@ -201,7 +196,6 @@ def test_int8_training(example: Any, fashion: Path, tmp_path: Path) -> None:
     assert record["summary"][0]["loss"]["std"] > 0 and record["settings"]["variant"] is None
 
 
-@pytest.mark.skipif(not NEW_LAYERS, reason="octavo.nn has no SwitchBackLinear")
 def test_int8_training_of_one_variant(example: Any, fashion: Path, tmp_path: Path) -> None:
     options = ("--steps", 2, "--seeds", 1, "--width", 32, "--variant", "vectorwise")
     result = run(example("int8_training"), *TINY, *options, "--data", fashion, "--out", tmp_path)
