@@ -66,8 +66,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     with the optimizer, so that states larger than memory train; without page_dir in ordinary memory. device_budget
     counts states that stay and both buffers, on each device; None: 128 MiB, or what two of the largest need. Steps give
     the same bits as without, but cannot be captured in CUDA graphs where states are paged, and sharded parameters may
-    be paged on the CPU only. After a step on a GPU, `state` holds its results once the device is done
-    (`torch.cuda.synchronize`); `state_dict` waits for that.
+    be paged on the CPU only, and not by LAMB, LARS and StableAdamW. After a step on a GPU, `state` holds its results
+    once the device is done (`torch.cuda.synchronize`); `state_dict` waits for that.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
