@@ -270,7 +270,7 @@ def test_table_is_as_documented():
     lists = run.lists([torch.zeros_like(p) for p in run.params])
     table = octavo.ops.optim_table(*lists, IDS[: len(lists[0])])
     assert torch.equal(table, reference.optim_table(*lists, IDS[: len(lists[0])]))
-    assert len(table) == octavo.ops.table_words(run.params, run.absmax)
+    assert len(table) == octavo.ops_optim.table_words(run.params, run.absmax)
 
 
 @pytest.mark.parametrize("kind", [octavo.optim.LAMB8bit, octavo.optim.StableAdamW8bit])
