@@ -109,6 +109,7 @@ void test_transposed(Shape s, int stride, bool with_codes, bool with_seed) {
     if (abs_bits(to_float(x[e])) >= 0x7f800000u) x[e] = from_float<T>(1.0f);
   const int64_t scales = stride ? s.cols : 1, seed = 0x123456789abcdef;
   Buffer<uint32_t> absmax(scales);
+  std::fill_n(absmax.data(), scales, 0u);
   for (int64_t e = 0; e < x.size(); ++e) {
     uint32_t& most = absmax[stride ? e % s.cols : 0];
     most = std::max(most, abs_bits(to_float(x[e])));
