@@ -139,9 +139,15 @@ HD int8_t encode(float v, float inverse) {
 // The integer below v * inverse or the one above, the nearer the likelier: random is 32 uniform bits, of which the
 // upper 24 count. Its mean is v * inverse up to fp32's rounding of the sum.
 HD int8_t encode_at_random(float v, float inverse, uint32_t random) {
+#ifdef __CUDA_ARCH__
+  // The product with 2^-24 is exact, so fma rounds the same sum; the conversion makes 0 of NaN.
+  const int q = __float2int_rd(fmaf(static_cast<float>(random >> 8), 0x1p-24f, v * inverse));
+  return static_cast<int8_t>(q < -127 ? -127 : q > 127 ? 127 : q);
+#else
   if (inverse == 0.0f) return 0;
   const float q = std::floor(v * inverse + static_cast<float>(random >> 8) * 0x1p-24f);
   return static_cast<int8_t>(q < -127.0f ? -127.0f : q > 127.0f ? 127.0f : q);
+#endif
 }
 
 // ---- epilogue of the int8 product ----

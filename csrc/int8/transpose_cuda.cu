@@ -2,11 +2,13 @@
 // codes as they stand.
 //
 // A block takes 128 rows and 64 columns, a thread 4 rows and 8 columns of them: 16-byte loads, of which 8 lanes make up
-// a row. It has the codes of a column's 4 rows in one word, which goes to shared memory; from there 8 lanes write 16
-// bytes each of a row of the transpose. Chunks of 16 bytes lie in shared memory where their number, xor that of the
-// column's group of 8, says: words are stored, and chunks loaded, by lanes of 32 different banks.
+// a row. While they are under way a thread per column makes the scales. A thread has the codes of a column's 4 rows in
+// one word, which goes to shared memory; from there 8 lanes write 16 bytes each of a row of the transpose. Chunks of 16
+// bytes lie in shared memory where their number, xor that of the column's group of 8, says: words are stored, and
+// chunks loaded, by lanes of 32 different banks.
 #include "common/launch.h"
 #include "common/numeric.h"
+#include "common/ptx.h"
 #include "common/random.h"
 #include "common/tile.h"
 #include "int8/transpose.h"
@@ -18,49 +20,49 @@ constexpr int kOwnRows = 4, kOwnCols = 8;                     // of a thread
 constexpr int kGroups = kTurnCols / kOwnCols;                 // of columns
 constexpr int kColumnWords = kTurnRows / 4, kChunkWords = 4;  // of a column of the tile
 
-// Where in shared memory chunk `chunk` of a column begins, in words.
-__device__ __forceinline__ int turned_chunk(int column, int chunk) {
-  return column * kColumnWords + ((chunk ^ (column / kOwnCols)) % 8) * kChunkWords;
+// Where in shared memory chunk `chunk` of column e of a group begins, in words.
+__device__ __forceinline__ unsigned turned_chunk(unsigned group, unsigned e, unsigned chunk) {
+  static_assert(kColumnWords / kChunkWords == kGroups);
+  return group * kOwnCols * kColumnWords + e * kColumnWords + (chunk ^ group) * kChunkWords;
 }
 
-__device__ __forceinline__ uint32_t four_bytes(const int8_t (&q)[4]) {
-  uint32_t word = 0;
-  UNROLL for (int e = 0; e < 4; ++e) word |= static_cast<uint32_t>(static_cast<uint8_t>(q[e])) << 8 * e;
-  return word;
+// Four codes in a word, the first in the lowest byte.
+__device__ __forceinline__ uint32_t four_bytes(int8_t a, int8_t b, int8_t c, int8_t d) {
+  return permute_bytes(permute_bytes(a, b, 0x40), permute_bytes(c, d, 0x40), 0x5410);
 }
 
-// x[row, column ...], kOwnCols of them; zeros outside of the matrix.
+// Rows row ... and columns column ... of x, which are the thread's. Past the edge it reads the last ones again, whose
+// codes go nowhere: that costs less than zeros would.
 template <class T, bool kVector>
-__device__ __forceinline__ void load_own(const EncodeTransposed& p, int64_t row, int64_t column, float (&v)[kOwnCols]) {
-  constexpr int kWidth = kVectorWidth<T>;
-  const T* x = static_cast<const T*>(p.x);
-  UNROLL for (int e = 0; e < kOwnCols; ++e) v[e] = 0.0f;
-  if (row >= p.rows) return;
-  if constexpr (kVector) {
-    if (column >= p.cols) return;
-    UNROLL for (int part = 0; part < kOwnCols; part += kWidth) {
-      const auto pack = load_pack<kWidth>(x, (row * p.cols + column + part) / kWidth);
-      UNROLL for (int e = 0; e < kWidth; ++e) v[part + e] = to_float(pack.at[e]);
-    }
-  } else {
-    UNROLL for (int e = 0; e < kOwnCols; ++e) {
-      if (column + e < p.cols) v[e] = to_float(x[row * p.cols + column + e]);
+__device__ __forceinline__ void load_own(const EncodeTransposed& p, int64_t row, int64_t column,
+                                         T (&v)[kOwnRows][kOwnCols]) {
+  constexpr int kWidth = kVector ? kVectorWidth<T> : 1;
+  const int64_t packs = p.cols / kWidth, first = column / kWidth, left = packs - 1 - first;
+  const int last = left < kOwnCols ? static_cast<int>(left) : kOwnCols;
+  UNROLL for (int r = 0; r < kOwnRows; ++r) {
+    const int64_t start = (row + r < p.rows ? row + r : p.rows - 1) * packs + first;
+    UNROLL for (int part = 0; part < kOwnCols / kWidth; ++part) {
+      const auto pack = load_pack<kWidth>(static_cast<const T*>(p.x), start + (part < last ? part : last));
+      UNROLL for (int e = 0; e < kWidth; ++e) v[r][part * kWidth + e] = pack.at[e];
     }
   }
 }
 
 template <bool kVector>
 __device__ __forceinline__ void store_own(const EncodeTransposed& p, int64_t row, int64_t column,
-                                          const int8_t (&q)[kOwnCols]) {
-  if (row >= p.rows) return;
-  if constexpr (kVector) {
-    if (column >= p.cols) return;
-    Pack<int8_t, kOwnCols> pack;
-    UNROLL for (int e = 0; e < kOwnCols; ++e) pack.at[e] = q[e];
-    store_pack(p.codes, (row * p.cols + column) / kOwnCols, pack);
-  } else {
-    UNROLL for (int e = 0; e < kOwnCols; ++e) {
-      if (column + e < p.cols) p.codes[row * p.cols + column + e] = q[e];
+                                          const int8_t (&q)[kOwnRows][kOwnCols]) {
+  const int64_t packs = p.cols / kOwnCols, first = row * packs + column / kOwnCols;
+  UNROLL for (int r = 0; r < kOwnRows; ++r) {
+    if (row + r >= p.rows) return;
+    if constexpr (kVector) {
+      if (column >= p.cols) return;
+      const Pack<uint32_t, 2> pack = {
+          {four_bytes(q[r][0], q[r][1], q[r][2], q[r][3]), four_bytes(q[r][4], q[r][5], q[r][6], q[r][7])}};
+      store_pack(reinterpret_cast<uint32_t*>(p.codes), first + r * packs, pack);
+    } else {
+      UNROLL for (int e = 0; e < kOwnCols; ++e) {
+        if (column + e < p.cols) p.codes[(row + r) * p.cols + column + e] = q[r][e];
+      }
     }
   }
 }
@@ -69,49 +71,63 @@ __device__ __forceinline__ void store_own(const EncodeTransposed& p, int64_t row
 template <class T, bool kVector, bool kRandom>
 __global__ void __launch_bounds__(kTurnThreads) encode_transposed_kernel(EncodeTransposed p, bool turned_vector) {
   SHARED(uint32_t, turned, [kTurnCols * kColumnWords]);
+  SHARED(float, inverses, [kTurnCols]);
   const unsigned across = static_cast<unsigned>(ceil_div(p.cols, kTurnCols));
-  const int64_t first_row = static_cast<int64_t>(across ? blockIdx.x / across : 0) * kTurnRows;
-  const int64_t first_column = static_cast<int64_t>(across ? blockIdx.x % across : 0) * kTurnCols;
-  const int group = threadIdx.x % kGroups, quad = threadIdx.x / kGroups;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / across) * kTurnRows;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.x % across) * kTurnCols;
+  const unsigned group = threadIdx.x % kGroups, quad = threadIdx.x / kGroups;
   const int64_t column = first_column + group * kOwnCols, row = first_row + quad * kOwnRows;
 
+  T v[kOwnRows][kOwnCols];
+  load_own<T, kVector>(p, row, column, v);
+
+  // Meanwhile a thread per column. What a group reads at once, 4 of its 8, lies side by side with that of the others.
+  if (threadIdx.x < kTurnCols) {
+    const unsigned slot = threadIdx.x;
+    const int64_t j = first_column + slot % (4 * kGroups) / 4 * kOwnCols + slot / (4 * kGroups) * 4 + slot % 4;
+    const bool inside = p.absmax_stride == 0 || j < p.cols;
+    const uint32_t absmax = inside ? p.absmax[j * p.absmax_stride] : 0;
+    inverses[slot] = inverse_scale_of(absmax);
+    const bool writes = p.absmax_stride ? inside && first_row == 0 : blockIdx.x + threadIdx.x == 0;
+    if (writes) p.scale[j * p.absmax_stride] = scale_of(absmax);
+  }
+  __syncthreads();
   float inverse[kOwnCols];
-  UNROLL for (int e = 0; e < kOwnCols; ++e) {
-    const bool inside = p.absmax_stride == 0 || column + e < p.cols;
-    const uint32_t absmax = inside ? p.absmax[(column + e) * p.absmax_stride] : 0;
-    inverse[e] = inverse_scale_of(absmax);
-    const bool writes = p.absmax_stride ? inside && first_row == 0 && quad == 0 : blockIdx.x + threadIdx.x + e == 0;
-    if (writes) p.scale[(column + e) * p.absmax_stride] = scale_of(absmax);
+  UNROLL for (int part = 0; part < kOwnCols / 4; ++part) {
+    const auto pack = load_pack<4>(inverses, part * kGroups + group);
+    UNROLL for (int e = 0; e < 4; ++e) inverse[4 * part + e] = pack.at[e];
   }
 
-  float v[kOwnRows][kOwnCols];
-  UNROLL for (int r = 0; r < kOwnRows; ++r) load_own<T, kVector>(p, row + r, column, v[r]);
   int8_t q[kOwnRows][kOwnCols];
   const uint32_t key = kRandom ? mix_seed(static_cast<uint64_t>(*p.seed)) : 0;
   UNROLL for (int r = 0; r < kOwnRows; ++r) {
     const uint32_t of_row = kRandom ? row_key(key, row + r) : 0;
     UNROLL for (int e = 0; e < kOwnCols; ++e) {
       if constexpr (kRandom)
-        q[r][e] = encode_at_random(v[r][e], inverse[e], element_bits(of_row, column + e));
+        q[r][e] = encode_at_random(to_float(v[r][e]), inverse[e], element_bits(of_row, column + e));
       else
-        q[r][e] = encode(v[r][e], inverse[e]);
+        q[r][e] = encode(to_float(v[r][e]), inverse[e]);
     }
-    if (p.codes != nullptr) store_own<kVector>(p, row + r, column, q[r]);
   }
+  if (p.codes != nullptr) store_own<kVector>(p, row, column, q);
   UNROLL for (int e = 0; e < kOwnCols; ++e) {
-    const int8_t own[4] = {q[0][e], q[1][e], q[2][e], q[3][e]};
-    turned[turned_chunk(group * kOwnCols + e, quad / kChunkWords) + quad % kChunkWords] = four_bytes(own);
+    turned[turned_chunk(group, e, quad / kChunkWords) + quad % kChunkWords] =
+        four_bytes(q[0][e], q[1][e], q[2][e], q[3][e]);
   }
   __syncthreads();
 
   constexpr int kChunks = kColumnWords / kChunkWords;
-  UNROLL for (int i = 0; i < kTurnCols * kChunks / kTurnThreads; ++i) {
-    const int at = threadIdx.x + i * kTurnThreads, chunk = at % kChunks, own = at / kChunks;
-    const int64_t to_row = first_column + own, to_column = first_row + chunk * 16;
-    if (to_row >= p.cols || to_column >= p.rows) continue;
-    const auto bytes = load_pack<kChunkWords>(turned, turned_chunk(own, chunk) / kChunkWords);
+  const unsigned chunk = threadIdx.x % kChunks;
+  const int64_t to_column = first_row + chunk * 16;
+  if (to_column >= p.rows) return;
+  UNROLL for (unsigned i = 0; i < kTurnCols * kChunks / kTurnThreads; ++i) {
+    const unsigned own = threadIdx.x / kChunks + i * (kTurnThreads / kChunks);
+    const int64_t to_row = first_column + own;
+    if (to_row >= p.cols) return;
+    const unsigned from = turned_chunk(own / kOwnCols, own % kOwnCols, chunk);
+    const auto bytes = load_pack<kChunkWords>(turned, from / kChunkWords);
     if (turned_vector) {
-      store_pack(reinterpret_cast<uint32_t*>(p.transposed), (to_row * p.rows + to_column) / 16, bytes);
+      store_pack(reinterpret_cast<uint32_t*>(p.transposed), to_row * (p.rows / 16) + to_column / 16, bytes);
     } else {
       UNROLL for (int e = 0; e < 16; ++e) {
         if (to_column + e < p.rows)
@@ -122,11 +138,12 @@ __global__ void __launch_bounds__(kTurnThreads) encode_transposed_kernel(EncodeT
 }
 
 void encode_transposed(const EncodeTransposed& p, Stream stream) {
-  const int64_t across = ceil_div(p.cols, kTurnCols), down = ceil_div(p.rows, kTurnRows);
-  // At least one row of blocks for what is written once per column; the one scale of an empty tensor too is written.
-  int64_t blocks = across * (down > 0 ? down : 1);
-  if (blocks == 0) blocks = p.absmax_stride == 0;
-  if (blocks == 0) return;
+  if (p.rows == 0 || p.cols == 0) {
+    const int64_t scales = p.absmax_stride ? p.cols : 1;
+    if (scales > 0) fill_bytes(p.scale, 0, scales * sizeof(float), stream);
+    return;
+  }
+  const int64_t blocks = ceil_div(p.cols, kTurnCols) * ceil_div(p.rows, kTurnRows);
   const bool turned_vector = packable(p.transposed, p.rows, 16);
   dispatch_float(p.dtype, [&](auto element) {
     using T = decltype(element);
