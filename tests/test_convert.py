@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import octavo
 import pytest
 import torch
-from octavo import nn_attention, nn_switchback
+from octavo import nn_switchback
 from octavo.nn import LayerScale, SwitchBackLinear, SwitchBackMultiheadAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 
 @pytest.fixture(autouse=True)
@@ -183,9 +185,14 @@ def test_errors_leave_the_model_as_it_was():
         ("unknown variant 'int4'", {"variant": "int4"}),
         ("unknown option 'threshold'; known: variant, k_split, stochastic_rounding", {"threshold": 6.0}),
         ("k_split is of the weight gradient", {"k_split": 5}),
-        ("include must be a list of patterns, got the string 'mlp'", {"include": "mlp"}),
-        ("exclude must be a list of patterns, got the string 'lm_head'", {"exclude": "lm_head"}),
+        ("include must be a list of patterns, got 'mlp'", {"include": "mlp"}),
+        ("exclude must be a list of patterns, got 'lm_head'", {"exclude": "lm_head"}),
         ("include: no linear layer or attention of Model matches 'nothing'", {"include": ["attention", "nothing"]}),
+        ("exclude: no linear layer or attention of Model matches 'nothing'", {"exclude": ["nothing"]}),
+        ("exclude: no linear layer or attention of Model matches '*out_proj'", {"exclude": ["*out_proj"]}),
+        ("include must be a list of patterns, got [3]", {"include": [3]}),
+        ("to convert in Model; excluded: lm_head", {"include": ["lm_head"]}),
+        ("stochastic_rounding must be True or False, got 'yes'", {"stochastic_rounding": "yes"}),
         ("unknown option 'variant'; known: none for torch.nn.Linear", {"cls": nn.Linear, "variant": "switchback"}),
         ("cls must be octavo.nn.SwitchBackLinear, or torch.nn.Linear to go back, got <class 'octavo.nn.Int8", {
             "cls": octavo.nn.Int8Linear
@@ -193,7 +200,7 @@ def test_errors_leave_the_model_as_it_was():
         ("there is no SwitchBackLinear to convert in Model", {"cls": nn.Linear}),
     ]  # fmt: skip
     for message, arguments in cases:
-        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        with pytest.raises(ValueError, match=re.escape(message)):
             octavo.convert_linears(model, **arguments)
     model.blocks[1].mlp[2].double()
     with pytest.raises(ValueError, match=r"blocks.1.mlp.2: weight must be float32, float16 or bfloat16, got float64"):
@@ -248,6 +255,114 @@ def test_torch_encoder_layers(monkeypatch: pytest.MonkeyPatch):
         assert encoder.layers[0].activation_relu_or_gelu == plain.layers[0].activation_relu_or_gelu == 1
 
 
+@pytest.mark.parametrize("include", [None, ["layers.1.*"], ["layers.1.linear*"], ["*.self_attn"]])
+@pytest.mark.parametrize("kind", ["encoder", "transformer"])
+def test_padding_in_torch_encoders(kind: str, include: list[str] | None):
+    """With a padding mask torch's encoder would make nested tensors in evaluation, for that kernel alone."""
+    if kind == "encoder":
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        model: nn.Module = nn.TransformerEncoder(layer, 2)
+        assert model.use_nested_tensor
+    else:
+        model = nn.Transformer(16, 2, 2, 1, 32, dropout=0.0, batch_first=True)
+        include = None if include is None else [f"*{pattern}" for pattern in include]
+    x = torch.randn(2, 5, 16)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            if kind == "encoder":
+                return model(x, src_key_padding_mask=padding)
+            return model(x, x, src_key_padding_mask=padding)
+
+    states = [dict(module.__dict__) for module in model.modules()]
+    plain = run() if kind == "transformer" else model.eval()(x, src_key_padding_mask=padding).detach()
+    octavo.convert_linears(model, include=include)
+    model.eval()
+    int8 = run()
+    kept = ~padding if kind == "encoder" else torch.ones(2, 5, dtype=torch.bool)
+    assert 0 < (int8[kept] - plain[kept]).abs().max() < 0.2
+    prepared = copy.deepcopy(model)
+    octavo.prepare_for_eval(prepared)
+    model, original = prepared, model
+    assert torch.equal(run(), int8)
+    model = original
+    octavo.convert_linears(model, nn.Linear)
+    for module, state in zip(model.modules(), states, strict=True):
+        assert module.__dict__.keys() == state.keys()
+        assert all(
+            module.__dict__[key] == state[key]
+            for key in ("use_nested_tensor", "activation_relu_or_gelu")
+            if key in state
+        )
+
+
+def test_going_back_leaves_what_it_would_destroy():
+    class Mine(SwitchBackLinear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Mine(4, 4), nn.Linear(4, 4))
+    octavo.convert_linears(model, include=["0", "2"])
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    result = octavo.convert_linears(model, nn.Linear)
+    assert result.converted == ["2"] and list(result.left) == ["0", "1"]
+    assert result.left["1"] == "its type is Mine: what a subclass adds would be lost"
+    assert model(torch.randn(2, 4)).shape == (2, 4) and type(model[1]) is Mine
+
+
+@pytest.mark.parametrize("damage", ["nan", "nan in out_proj", "fp8", "weight_norm", "parametrization", "prune"])
+def test_prepare_for_eval_changes_all_or_nothing(damage: str):
+    model = nn.Sequential(nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 4))
+    if damage == "weight_norm":
+        torch.nn.utils.weight_norm(model[2])
+    octavo.convert_linears(model, include=["0", "1"])
+    octavo.convert_linears(model, include=["2"], variant="fp8" if damage == "fp8" else "switchback")
+    with torch.no_grad():
+        if damage == "nan":
+            model[2].weight[0, 0] = float("nan")
+        elif damage == "nan in out_proj":
+            model[1].out_proj.weight[0, 0] = float("nan")
+    if damage == "parametrization":
+        torch.nn.utils.parametrizations.weight_norm(model[2])
+    elif damage == "prune":
+        prune.random_unstructured(model[2], "weight", 0.5)
+    message = {
+        "nan": "'2': 1 of 16 weights are NaN or Inf",
+        "nan in out_proj": "'1': out_proj: 1 of 16 weights are NaN or Inf",
+        "fp8": "'2': variant fp8 is a simulation",
+    }.get(damage, "'2': weight is no parameter but computed")
+    with pytest.raises(ValueError, match=message):
+        octavo.prepare_for_eval(model)
+    assert not any(module.prepared for module in model.modules() if isinstance(module, nn_switchback.Int8Weight))
+    if "out_proj" in damage:
+        with pytest.raises(ValueError, match="out_proj: 1 of 16"):
+            model[1].prepare_for_eval()
+        assert not model[1].prepared
+
+
+def test_others_say_what_to_do_with_converted_layers(tmp_path: Any):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    octavo.convert_linears(model)
+    with pytest.raises(
+        ValueError, match=r"has layers that train in int8: octavo.convert_linears\(model, torch.nn.Linear\)"
+    ):
+        octavo.add_lora(model)
+    with pytest.raises(ValueError, match=r"0: it trains in int8; octavo.convert_linears"):
+        octavo.quantize_model(model)
+    octavo.convert_linears(model, nn.Linear, include=["0"])
+    octavo.quantize_model(model)
+    model[1].prepare_for_eval()
+    with pytest.raises(ValueError, match="1 was prepared for evaluation by prepare_for_eval: load_quantized does not"):
+        octavo.save_quantized(model, tmp_path / "model")
+    adapted = nn.Sequential(nn.Linear(64, 64))
+    octavo.add_lora(adapted)
+    octavo.convert_linears(adapted)
+    octavo.prepare_for_eval(adapted)
+    with pytest.raises(ValueError, match="its base was prepared for evaluation, and is int8 without its float weight"):
+        octavo.merge_adapter(adapted)
+
+
 def test_prepare_for_eval_of_a_model():
     model = Model()
     with pytest.raises(ValueError, match="there is no SwitchBackLinear in Model: convert_linears makes them"):
@@ -276,7 +391,7 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any,
     return F.linear(x, weight, bias)
 
 
-MASKS = ("none", "bool", "float", "per head", "one for all heads", "causal", "padding", "padding and causal")
+MASKS = ("none", "bool", "float", "per head", "causal", "padding", "padding and causal")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -287,8 +402,7 @@ def test_attention_is_that_of_torch(
     kind: str, batch_first: bool, need_weights: bool, mask: str, monkeypatch: pytest.MonkeyPatch
 ):
     """With exact products in place of int8 ones, all that lies around them must equal torch's module."""
-    monkeypatch.setattr(nn_attention, "switchback_linear", exact_linear)
-    monkeypatch.setattr(nn_switchback, "switchback_linear", exact_linear)
+    monkeypatch.setattr(nn_switchback, "training_linear", exact_linear)
     attention = nn.MultiheadAttention(16, 4, batch_first=batch_first)
     nn.init.normal_(attention.in_proj_bias)
     batch, length, keys = 3, 5, 5 if kind == "self" or "causal" in mask else 7
@@ -309,10 +423,6 @@ def test_attention_is_that_of_torch(
         arguments["attn_mask"] = torch.randn(length, keys)
     elif mask == "per head":
         arguments["attn_mask"] = torch.randn(batch * 4, length, keys)
-    elif mask == "one for all heads":
-        if kind == "unbatched" or batch != 1:
-            return  # torch takes such a mask of one batch and head only
-        arguments["attn_mask"] = torch.randn(1, length, keys)
     elif "causal" in mask:
         arguments |= {"attn_mask": forbidden, "is_causal": True}
     if "padding" in mask:
@@ -363,8 +473,56 @@ def test_attention_in_int8(variant: str, cross: bool):
         before, _ = attention(x, y, y)
         octavo.prepare_for_eval(attention)
         after, _ = attention(x, y, y)
-    if variant != "switchback" or not cross:  # alone, a part of the weight has a scale of its own
-        assert torch.equal(before, after)
+    assert torch.equal(before, after)
+
+
+def test_attention_made_directly():
+    attention = SwitchBackMultiheadAttention(16, 2, batch_first=True, variant="vectorwise")
+    assert list(attention.state_dict()) == list(nn.MultiheadAttention(16, 2).state_dict())
+    x = torch.randn(2, 5, 16)
+    out, weights = attention(x, x, x)
+    plain = nn.MultiheadAttention(16, 2, batch_first=True)
+    plain.load_state_dict(attention.state_dict())
+    want, _ = plain(x, x, x)
+    assert weights.shape == (2, 5, 5) and 0 < (out - want).norm() < 0.1 * want.norm()
+    octavo.convert_linears(attention, nn.Linear)
+    assert torch.equal(attention(x, x, x)[0], want)
+    with pytest.raises(ValueError, match="unknown variant"):
+        SwitchBackMultiheadAttention(16, 2, variant="none")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_refuses_what_torch_refuses(batch_first: bool):
+    plain = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+    attention = copy.deepcopy(plain)
+    octavo.convert_linears(attention)
+    x = torch.randn(3, 5, 16) if batch_first else torch.randn(5, 3, 16)
+    one, wide, four = torch.randn(5, 16), torch.randn(3, 5, 8), torch.randn(1, 3, 5, 16)
+    bad: list[tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]] = [
+        ("attn_mask must be of a boolean or float dtype, got uint8", (x, x, x), {
+            "attn_mask": torch.ones(5, 5).triu(1).to(torch.uint8)
+        }),
+        ("attn_mask must be of a boolean or float dtype, got int32", (x, x, x), {
+            "attn_mask": torch.ones(5, 5, dtype=torch.int32)
+        }),
+        ("attn_mask must have shape [5, 5] or [6, 5, 5], got [1, 1]", (x, x, x), {"attn_mask": torch.zeros(1, 1)}),
+        ("attn_mask must have shape [5, 5] or [6, 5, 5], got [5]", (x, x, x), {"attn_mask": torch.zeros(5)}),
+        ("attn_mask must have shape [5, 5] or [6, 5, 5], got [1, 5, 5]", (x, x, x), {
+            "attn_mask": torch.zeros(1, 5, 5)
+        }),
+        ("key_padding_mask must have shape [3, 5], got [5]", (x, x, x), {
+            "key_padding_mask": torch.zeros(5, dtype=torch.bool)
+        }),
+        ("must all have 3 dimensions, or 2 without a batch", (one, x, x), {}),
+        ("must all have 3 dimensions, or 2 without a batch", (four, four, four), {}),
+        ("must have 16 features", (wide, wide, wide), {}),
+        ("key and value one shape", (x, x, x[:, :2]), {}),
+    ]  # fmt: skip
+    for message, inputs, masks in bad:
+        with pytest.raises((RuntimeError, AssertionError)):
+            plain(*inputs, **masks)
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            attention(*inputs, **masks)
 
 
 def test_a_causal_hint_needs_a_mask():

@@ -131,6 +131,19 @@ def test_fp8_rounds_every_operand(dtype: torch.dtype):
     assert (out.detach().double() - F.linear(x.detach().double(), weight.detach().double())).norm() > 0.01
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-37, 1e-32, 1e-25])
+def test_fp8_of_tiny_tensors(size: float):
+    """Below 2**-100 a tensor counts as zero; nothing becomes NaN."""
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    grad = torch.randn(3, 4)
+    octavo.fp8_linear(x, weight).backward(grad * size)
+    for got, want in ((x.grad, grad @ weight.detach()), (weight.grad, grad.t() @ x.detach())):
+        assert got.isfinite().all()
+        assert (got == 0).all() if size < 2.0**-100 else (got / size - want).norm() < 0.2 * want.norm()
+    out = octavo.fp8_linear((x * size).detach(), weight)
+    assert out.isfinite().all() and bool((out == 0).all()) == (size < 2.0**-100)
+
+
 # ---- what all variants share ----------------------------------------------------------------------------------------
 
 
@@ -291,8 +304,20 @@ def test_errors_name_the_values():
             call(x, weight.t())
         with pytest.raises(RuntimeError, match=r"x of shape \[\] and weight"):
             call(torch.tensor(1.0), weight)
-    with pytest.raises(RuntimeError, match=r"bias must have shape \[5\]"):
-        octavo.switchback_linear(x, weight, torch.zeros(4))
+        for bias in (torch.zeros(4), torch.zeros(3, 1), torch.zeros(5).double(), torch.zeros(5).long()):
+            with pytest.raises(RuntimeError, match=rf"{name}: bias must be float32, float16 or bfloat16 \[5\], got"):
+                call(x, weight, bias)
+    quantized = octavo.quantize_weight(torch.randn(7, 4))
+    with pytest.raises(RuntimeError, match=r"quantized is of a weight of shape \[7, 4\], not of \[5, 4\]"):
+        octavo.switchback_linear(x, weight, quantized=quantized)
+    with pytest.raises(ValueError, match="variant fp8 is a simulation: it takes no quantized weight"):
+        octavo.switchback_linear(x, weight, variant="fp8", quantized=quantized)
+    with pytest.raises(ValueError, match="variant fp8 is a simulation: there is no int8 weight"):
+        octavo.quantize_weight(weight, "fp8")
+    with pytest.raises(ValueError, match="unknown variant 'nope'"):
+        octavo.quantize_weight(weight, "nope")
+    with pytest.raises(ValueError, match=r"must be a matrix \[n, k\], got shape \[1, 5, 4\]"):
+        octavo.quantize_weight(weight[None])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import _peft_format
 from ._kinds import MODULES, method_of
 from .nn_lora import LoRAConfig, LoRALinear, check_adapter_name, check_dtype, device_of, new_adapter
+from .nn_switchback import Int8Weight
 from .serialization import new_directory
 
 _Names = dict[nn.Module, list[str]]  # every layer, with all names that it has in the model
@@ -159,6 +160,13 @@ def add_lora(
     return [layers[layer][0] for layer in chosen]
 
 
+def _converted(model: nn.Module) -> str:
+    """What to say of layers that train in int8."""
+    if not any(isinstance(module, Int8Weight) for module in model.modules()):
+        return ""
+    return "; it has layers that train in int8: octavo.convert_linears(model, torch.nn.Linear) turns them back"
+
+
 def _choose(model: nn.Module, layers: _Names, include: Sequence[str] | None, exclude: Sequence[str]) -> list[nn.Module]:
     include = (include,) if isinstance(include, str) else include
     exclude = (exclude,) if isinstance(exclude, str) else exclude
@@ -177,7 +185,7 @@ def _choose(model: nn.Module, layers: _Names, include: Sequence[str] | None, exc
     ]
     if not chosen:
         asked = f"include is {include}, exclude is {exclude}"
-        raise ValueError(f"{type(model).__name__} has no linear layer to adapt ({asked})")
+        raise ValueError(f"{type(model).__name__} has no linear layer to adapt ({asked}){_converted(model)}")
     return chosen
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ class QuantizedWeight(NamedTuple):
     transposed_scale: Tensor | None = None
 
 
+class Watcher(Protocol):
+    """Told that a gradient of the weight was computed."""
+
+    used: bool
+
+
 def check_variant(variant: str) -> str:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}; known: {', '.join(VARIANTS)}")
@@ -66,12 +72,14 @@ def check_options(variant: str, k_split: int | None, stochastic_rounding: bool) 
     check_variant(variant)
     if k_split is not None and (isinstance(k_split, bool) or not isinstance(k_split, int) or k_split < 1):
         raise ValueError(f"k_split must be a positive number of rows, got {k_split!r}")
+    if not isinstance(stochastic_rounding, bool):
+        raise ValueError(f"stochastic_rounding must be True or False, got {stochastic_rounding!r}")
     if variant != "all_int8" and (k_split is not None or stochastic_rounding):
         name = "stochastic_rounding" if k_split is None else "k_split"
         raise ValueError(f"{name} is of the weight gradient in int8, of variant all_int8; the variant is {variant}")
 
 
-def _check_operands(name: str, x: Tensor, weight: Tensor) -> None:
+def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for what, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in FLOATS:
             raise RuntimeError(f"{name}: {what} must be float32, float16 or bfloat16, got {dtype_name(tensor)}")
@@ -79,6 +87,11 @@ def _check_operands(name: str, x: Tensor, weight: Tensor) -> None:
         raise RuntimeError(
             f"{name}: x of shape {list(x.shape)} and weight of shape {list(weight.shape)} do not make a product: they "
             "must be [..., k] and [n, k]"
+        )
+    if bias is not None and (bias.dtype not in FLOATS or tuple(bias.shape) != (weight.shape[0],)):
+        raise RuntimeError(
+            f"{name}: bias must be float32, float16 or bfloat16 [{weight.shape[0]}], got {dtype_name(bias)} "
+            f"{list(bias.shape)}"
         )
 
 
@@ -90,7 +103,14 @@ def quantize_weight(weight: Tensor, variant: str = "switchback", transpose: bool
         weight: [n, k], fp32, fp16 or bf16.
         variant: of `switchback_linear`, but "fp8".
         transpose: False: only what the forward product needs.
+
+    Raises:
+        ValueError: an unknown variant, or "fp8"; a weight that is no matrix.
     """
+    if check_variant(variant) == "fp8":
+        raise ValueError("variant fp8 is a simulation: there is no int8 weight")
+    if weight.dim() != 2:
+        raise ValueError(f"quantize_weight: the weight must be a matrix [n, k], got shape {list(weight.shape)}")
     weight = weight.detach()  # the products' derivative passes straight through
     if INT8_VARIANTS[variant].tensorwise:
         if not transpose:
@@ -158,6 +178,7 @@ class _SwitchBack(torch.autograd.Function):
         variant: str,
         k_split: int | None,
         stochastic: bool,
+        watcher: Watcher | None,
     ) -> Tensor:
         keeps = INT8_VARIANTS[variant].keeps
         for_x, for_weight = ctx.needs_input_grad[:2]
@@ -178,7 +199,7 @@ class _SwitchBack(torch.autograd.Function):
                 (weight, None) if ctx.again else (transposed, scale if transposed_scale is None else transposed_scale)
             )
         ctx.save_for_backward(*of_weight, *kept)
-        ctx.variant, ctx.k_split, ctx.stochastic = variant, k_split, stochastic
+        ctx.variant, ctx.k_split, ctx.stochastic, ctx.watcher = variant, k_split, stochastic, watcher
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -193,6 +214,8 @@ class _SwitchBack(torch.autograd.Function):
         keeps = INT8_VARIANTS[ctx.variant].keeps
         rows = _rows(grad).contiguous()
         of_rows, grad_x, grad_weight, grad_bias = None, None, None, None
+        if for_weight and ctx.watcher is not None:
+            ctx.watcher.used = True
         if for_weight and keeps == "columns":
             of_rows, columns = _rows_and_columns(rows, ctx.k_split, ctx.stochastic, with_rows=for_x)
             grad_weight = _weight_grad_int8(columns, kept, ctx.weight_dtype)
@@ -205,7 +228,7 @@ class _SwitchBack(torch.autograd.Function):
             grad_weight = torch.mm(rows.t(), x).to(ctx.weight_dtype)
         if for_bias:
             grad_bias = _bias_grad(grad, ctx.bias_dtype)
-        return (grad_x, grad_weight, grad_bias, *[None] * 7)
+        return (grad_x, grad_weight, grad_bias, *[None] * 8)
 
 
 def switchback_linear(
@@ -250,8 +273,8 @@ def switchback_linear(
         weight: [n, k], fp32, fp16 or bf16; quantized from its own dtype.
         bias: [n], fp32, fp16 or bf16.
         variant: of the table.
-        quantized: `quantize_weight(weight, variant)`, if it is at hand; it is taken at its word. Without `transposed`,
-            the weight is quantized again in the backward pass.
+        quantized: `quantize_weight(weight, variant)`, if it is at hand; its values are taken at their word. Without
+            `transposed`, the weight is quantized again in the backward pass. Not of "fp8".
         k_split: of "all_int8": rows of x and g that share a column's scale in ``grad_w``; parts are added in fp32.
         stochastic_rounding: of "all_int8": x's and g's column codes are rounded at random, so that ``grad_w`` is right
             in the mean.
@@ -264,10 +287,31 @@ def switchback_linear(
         RuntimeError: mismatched shapes, dtypes or devices, a gradient of a gradient.
     """
     check_options(variant, k_split, stochastic_rounding)
+    return training_linear(x, weight, bias, variant, quantized, k_split, stochastic_rounding, None)
+
+
+def training_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    variant: str,
+    quantized: QuantizedWeight | None,
+    k_split: int | None,
+    stochastic_rounding: bool,
+    watcher: Watcher | None,
+) -> Tensor:
+    """`switchback_linear` with options that were checked, for modules that watch what becomes of their weight."""
     if variant == "fp8":
+        if quantized is not None:
+            raise ValueError("variant fp8 is a simulation: it takes no quantized weight")
         return fp8_linear(x, weight, bias)
     x = _autocast(x)
-    _check_operands("switchback_linear", x, weight)
+    _check_operands("switchback_linear", x, weight, bias)
+    if quantized is not None and quantized.codes.shape != weight.shape:
+        raise RuntimeError(
+            f"switchback_linear: quantized is of a weight of shape {list(quantized.codes.shape)}, not of "
+            f"{list(weight.shape)}"
+        )
     differentiable = _needs_grad(x, weight, bias)
     if quantized is None:
         quantized = quantize_weight(weight, variant, transpose=differentiable and x.requires_grad)
@@ -275,7 +319,7 @@ def switchback_linear(
         codes, scale = ops.quantize_rowwise(x)
         return ops.int8_gemm(codes, quantized.codes, scale, quantized.scale, bias, x.dtype)
     out = _SwitchBack.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, *quantized, variant, k_split, stochastic_rounding
+        x, weight, bias, *quantized, variant, k_split, stochastic_rounding, watcher
     )
     return cast(Tensor, out)
 
@@ -285,12 +329,14 @@ def switchback_linear(
 
 def _to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x / scale rounded to fp8 values, in a dtype that products have, and the scale: that of the tensor's absmax to
-    the largest fp8 value. Zeros have scale 0; NaN or Inf make it NaN."""
+    the largest fp8 value. A tensor whose absmax is below 2**-100, where the inverse may leave fp32, counts as zero:
+    scale 0. NaN or Inf make the scale NaN."""
     values = x.float()
     absmax = values.abs().amax() if values.numel() else values.new_zeros(())
     most = torch.finfo(dtype).max
-    scale = torch.where(absmax.isfinite(), absmax / most, torch.nan)
-    inverse = torch.where(absmax > 0, most / absmax, 0.0)
+    tiny = absmax < 2.0**-100
+    scale = torch.where(tiny, 0.0, absmax / most).where(absmax.isfinite(), torch.nan)
+    inverse = torch.where(tiny, 0.0, most / absmax)
     codes = (values * inverse).to(dtype)
     # fp8 values are exact in bf16, and in fp16, too, where sums of their products would not stay in range.
     return codes.to(torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32), scale
@@ -345,11 +391,12 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [n].
 
     Returns:
-        [..., n], x's dtype. NaN or Inf anywhere in an operand makes all of the product NaN.
+        [..., n], x's dtype. NaN or Inf anywhere in an operand makes all of the product NaN; an operand without any
+        element of 2**-100 or more counts as zero.
 
     Raises:
         RuntimeError: mismatched shapes, other dtypes, a gradient of a gradient.
     """
     x = _autocast(x)
-    _check_operands("fp8_linear", x, weight)
+    _check_operands("fp8_linear", x, weight, bias)
     return cast(Tensor, _Fp8Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]

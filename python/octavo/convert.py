@@ -49,22 +49,25 @@ def convert_linears(
     Converted are modules whose type is exactly `torch.nn.Linear` (also a fused query-key-value projection) or
     `torch.nn.MultiheadAttention`, whose projections are converted together. All is checked before anything is changed.
     Parameters that are frozen or shared with another module stay so. Layers that are converted already, with the same
-    options, are left; modules may be on several devices.
+    options, are left; modules may be on several devices. For evaluation torch's encoder layers have a kernel that takes
+    weights past the modules: it is switched off where a part of the layer is converted, so convert the layer, or a
+    model around it, and not its parts one by one.
 
     Args:
         model: converted in place; it may be such a module itself.
         cls: `SwitchBackLinear`, or `torch.nn.Linear` to go back.
         include: patterns (as of `fnmatch`, or plain names) of which a module's full name, or its last component, must
             match one; None: all.
-        exclude: patterns of which none may match.
+        exclude: patterns of which none may match. The projections of an attention go with it.
         options: of `SwitchBackLinear`: variant, k_split, stochastic_rounding.
 
     Returns:
         The names of what was converted, and of what was left and why.
 
     Raises:
-        ValueError: unknown options or variant, patterns that match nothing, no layer to convert, a weight of another
-            dtype or wider than 131071, layers that have other options already or were prepared for evaluation.
+        ValueError: unknown options or variant, patterns that match nothing (but "lm_head"), no layer to convert, a
+            weight of another dtype or wider than 131071, layers that have other options already, or, going back, were
+            prepared for evaluation.
     """
     backwards = cls is nn.Linear
     if not backwards and cls is not SwitchBackLinear:
@@ -76,14 +79,20 @@ def convert_linears(
     check_options(**settings)
     result = Conversion()
     chosen: list[nn.Module] = []
-    for module, names in _matching(model, include, exclude):
-        name = names[0]
+    matching, excluded = _matching(model, include, exclude)
+    done = False
+    for module, name in matching:
+        is_done = type(module) in _CONVERTED
+        done |= is_done
         if backwards:
             if not isinstance(module, _CONVERTED):
                 continue
+            if not is_done:
+                result.left[name] = f"its type is {type(module).__name__}: what a subclass adds would be lost"
+                continue
             if module.prepared:
                 raise ValueError(f"{name!r} was prepared for evaluation: its float weight is gone. Load the model anew")
-        elif isinstance(module, _CONVERTED):
+        elif is_done:
             _check_same(module, name, settings)
             result.left[name] = "converted already"
             continue
@@ -94,10 +103,11 @@ def convert_linears(
             _check(module, name)
         chosen.append(module)
         result.converted.append(name)
-    if not result.converted and not any(why == "converted already" for why in result.left.values()):
-        left = "".join(f"; {name}: {why}" for name, why in result.left.items())
+    if not result.converted and (backwards or not done):
+        why = "".join(f"; {name or 'it'}: {reason}" for name, reason in result.left.items())
+        why += f"; excluded: {', '.join(excluded)}" if excluded else ""
         what = "SwitchBackLinear" if backwards else "torch.nn.Linear or torch.nn.MultiheadAttention"
-        raise ValueError(f"there is no {what} to convert in {type(model).__name__}{left}")
+        raise ValueError(f"there is no {what} to convert in {type(model).__name__}{why}")
     for module in chosen:
         _turn_back(module) if backwards else _turn(module, settings)
     _set_fast_path(model)
@@ -111,19 +121,19 @@ def prepare_for_eval(model: nn.Module) -> list[str]:
         The names of the layers.
 
     Raises:
-        ValueError: no such layer; one that cannot be prepared, before any layer is changed but itself.
+        ValueError: no such layer; one that cannot be prepared. Nothing is changed then.
     """
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, Int8Weight):
-            try:
-                module.prepare_for_eval()
-            except ValueError as error:
-                raise ValueError(f"{name!r}: {error}") from None
-            names.append(name)
-    if not names:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Weight)}
+    if not layers:
         raise ValueError(f"there is no SwitchBackLinear in {type(model).__name__}: convert_linears makes them")
-    return names
+    for name, layer in layers.items():
+        try:
+            layer.check_preparable()
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+    for layer in layers.values():
+        layer.prepare_for_eval()
+    return list(layers)
 
 
 def _matches(names: Sequence[str], pattern: str) -> bool:
@@ -132,11 +142,11 @@ def _matches(names: Sequence[str], pattern: str) -> bool:
 
 def _matching(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]
-) -> list[tuple[nn.Module, list[str]]]:
-    """Linear layers and attentions, with all names of each, that the patterns choose."""
-    for what, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise ValueError(f"{what} must be a list of patterns, got the string {patterns!r}")
+) -> tuple[list[tuple[nn.Module, str]], list[str]]:
+    """Linear layers and attentions that the patterns choose, with their first names, and names that they exclude."""
+    for what, patterns in (("include", include or ()), ("exclude", exclude)):
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns or ()):
+            raise ValueError(f"{what} must be a list of patterns, got {patterns!r}")
     names: dict[nn.Module, list[str]] = {}
     inside: set[nn.Module] = set()  # output projections belong to their attention
     for name, module in model.named_modules(remove_duplicate=False):
@@ -144,15 +154,22 @@ def _matching(
             inside.add(module.out_proj)
         if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and module not in inside:
             names.setdefault(module, []).append(name)
-    for pattern in include or ():
-        if not any(_matches(own, pattern) for own in names.values()):
-            raise ValueError(f"include: no linear layer or attention of {type(model).__name__} matches {pattern!r}")
-    return [
-        (module, own)
-        for module, own in names.items()
-        if (include is None or any(_matches(own, pattern) for pattern in include))
-        and not any(_matches(own, pattern) for pattern in exclude)
-    ]
+    for what, patterns in (("include", include or ()), ("exclude", exclude or ())):
+        for pattern in patterns:
+            if pattern != "lm_head" and not any(_matches(own, pattern) for own in names.values()):
+                raise ValueError(
+                    f"{what}: no linear layer or attention of {type(model).__name__} matches {pattern!r} (the "
+                    "projections of a torch.nn.MultiheadAttention go with it)"
+                )
+    chosen, excluded = [], []
+    for module, own in names.items():
+        if include is not None and not any(_matches(own, pattern) for pattern in include):
+            continue
+        if any(_matches(own, pattern) for pattern in exclude or ()):
+            excluded.append(own[0])
+        else:
+            chosen.append((module, own[0]))
+    return chosen, excluded
 
 
 def _unsuited(module: nn.Module) -> str | None:
@@ -196,13 +213,7 @@ def _check_same(module: Any, name: str, settings: dict[str, Any]) -> None:
 
 
 def _turn(module: Any, settings: dict[str, Any]) -> None:
-    if isinstance(module, nn.MultiheadAttention):
-        module.__class__ = SwitchBackMultiheadAttention
-        out_proj: Any = module.out_proj
-        out_proj.__class__ = SwitchBackLinear
-        out_proj._set_options(**settings)
-    else:
-        module.__class__ = SwitchBackLinear
+    module.__class__ = SwitchBackMultiheadAttention if isinstance(module, nn.MultiheadAttention) else SwitchBackLinear
     module._set_options(**settings)
 
 
@@ -217,15 +228,19 @@ def _turn_back(module: Any) -> None:
         module.__class__ = nn.Linear
 
 
+# Attributes of torch's encoders that allow a kernel for evaluation, which takes the weights of their modules and leaves
+# these out. Where one of them computes in int8 they are off, and kept under the other name.
+_FAST_PATHS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
 def _set_fast_path(model: nn.Module) -> None:
-    """For evaluation `torch.nn.TransformerEncoderLayer` has a kernel of its own, which takes the weights of its modules
-    and leaves these out: not where one of them computes in int8."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            own = module.__dict__
-            int8 = any(isinstance(part, Int8Weight) for part in module.children())
-            if int8 and "_octavo_activation" not in own:
-                own["_octavo_activation"] = own["activation_relu_or_gelu"]
-                own["activation_relu_or_gelu"] = 0
-            elif not int8 and "_octavo_activation" in own:
-                own["activation_relu_or_gelu"] = own.pop("_octavo_activation")
+        for kind, attribute in _FAST_PATHS.items():
+            own, kept = module.__dict__, f"_octavo_{attribute}"
+            if not isinstance(module, kind) or (attribute not in own and kept not in own):
+                continue
+            int8 = any(isinstance(part, Int8Weight) for part in module.modules())
+            if int8 and kept not in own:
+                own[kept], own[attribute] = own[attribute], type(own[attribute])(0)
+            elif not int8 and kept in own:
+                own[attribute] = own.pop(kept)

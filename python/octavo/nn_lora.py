@@ -368,6 +368,8 @@ class LoRALinear(nn.Module):
             raise ValueError("no adapter is active: there is nothing to merge")
         if type(self.lora_A[name]) is not nn.Parameter:
             raise ValueError(f"adapter {name!r} is sharded ({type(self.lora_A[name]).__name__}): gather it to merge it")
+        if getattr(self.base_layer, "prepared", False):
+            raise ValueError("its base was prepared for evaluation, and is int8 without its float weight: merge first")
         base, delta = self.base_layer, self.delta(name)
         merged: Any
         merged, whole, weight = merged_linear(base, delta, dtype or dtype_of(base), repr(name))

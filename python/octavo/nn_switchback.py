@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._frozen import FLOATS, FrozenBuffers, dtype_name
 from .autograd import int8_matmul
-from .autograd_switchback import QuantizedWeight, check_options, quantize_weight, switchback_linear
+from .autograd_switchback import QuantizedWeight, check_options, quantize_weight, training_linear
 
 _Layer = TypeVar("_Layer", bound="Int8Weight")
 
@@ -40,28 +40,38 @@ _steps = _Steps()
 
 class WeightCache:
     """The int8 form of a weight, quantized once for each version of it: for all micro-batches of a step, and for the
-    second forward pass of a checkpoint. Belongs to a module, and is no part of its state."""
+    second forward pass of a checkpoint. Belongs to a module, and is no part of its state.
+
+    Attributes:
+        used: whether a gradient of the weight was computed from `value`. Once that gradient is gone from
+            ``weight.grad`` a step may have been taken, also by a loop that writes ``weight.data``.
+    """
 
     def __init__(self) -> None:
         self.key: tuple[Any, ...] | None = None
         self.value: QuantizedWeight | None = None
+        self.used = False
 
     def drop(self) -> None:
-        self.key = self.value = None
+        self.key, self.value, self.used = None, None, False
 
-    def get(self, weight: Tensor, variant: str, transpose: bool) -> QuantizedWeight:
-        if weight.is_inference():  # without a version
-            return quantize_weight(weight, variant, transpose)
+    def get(self, weight: Tensor, variant: str, transpose: bool) -> QuantizedWeight | None:
+        """None for what has no version that says when it changed, or is computed anew for every pass."""
+        if weight.is_inference() or not isinstance(weight, nn.Parameter):
+            return None
+        if self.used and weight.grad is None:
+            self.drop()
         # The weight itself is in the key, so that no other one can have its id.
         key = (weight, weight._version, weight.data_ptr(), weight.device, weight.dtype, variant, _steps.now())
         same = self.key is not None and self.key[0] is weight and self.key[1:] == key[1:]
         if not same or self.value is None or (transpose and self.value.transposed is None):
-            self.key, self.value = key, quantize_weight(weight, variant, transpose)
+            self.key, self.value, self.used = key, quantize_weight(weight, variant, transpose), False
         return self.value
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _identity(weight: Tensor) -> tuple[int, int, int]:
+    """What changes with the weight, as far as Python can see."""
+    return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _is_sharded(weight: Any) -> bool:
@@ -80,17 +90,16 @@ class Int8Weight(FrozenBuffers):
     _cache: WeightCache
     _sharded: bool
     _held: QuantizedWeight | None
-    _held_version: int
+    _held_key: tuple[int, int, int] | None
 
     def _set_options(self, variant: str, k_split: int | None, stochastic_rounding: bool) -> None:
         check_options(variant, k_split, stochastic_rounding)
         self.variant, self.k_split, self.stochastic_rounding = variant, k_split, stochastic_rounding
-        self.__dict__["_cache"] = WeightCache()
-        self.__dict__["_held"] = None
+        self.__dict__ |= {"_cache": WeightCache(), "_held": None, "_held_key": None}
         self.__dict__["_sharded"] = _is_sharded(getattr(self, self._weight_name, None))
 
     def _clear_options(self) -> None:
-        for name in ("variant", "k_split", "stochastic_rounding", "_cache", "_held", "_sharded"):
+        for name in ("variant", "k_split", "stochastic_rounding", "_cache", "_held", "_held_key", "_sharded"):
             del self.__dict__[name]
 
     @property
@@ -98,59 +107,79 @@ class Int8Weight(FrozenBuffers):
         """Whether `prepare_for_eval` was called: then the weight is int8."""
         return self._weight_name in self._buffers
 
-    def _quantized(self, transpose: bool) -> QuantizedWeight | None:
+    def _quantized(self, weight: Tensor, transpose: bool) -> QuantizedWeight | None:
         """The weight's int8 form, where it can be kept: in training, and where Python sees every call."""
-        weight: Tensor = getattr(self, self._weight_name)
         if self._held is not None:
-            if not torch.compiler.is_compiling() and _version(weight) != self._held_version:
+            if not torch.compiler.is_compiling() and self._held_key != _identity(weight):
                 raise RuntimeError(
                     f"{self._weight_name} was changed inside of octavo.quantize_once, and codes are stale"
                 )
             return self._held
-        if self.variant == "fp8" or not (self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if self.variant == "fp8" or not self.training or torch.compiler.is_compiling():
             return None
         if self._sharded:  # by FSDP2, the weight is here for the time of the pass only, and nothing of it is kept
             return quantize_weight(weight, self.variant, transpose=False)
-        return self._cache.get(weight, self.variant, transpose)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # the graph must quantize what the weight is when it is replayed
+        # Without gradients in training it may be a checkpoint's first pass: the second will need the transpose.
+        return self._cache.get(weight, self.variant, transpose or not torch.is_grad_enabled())
 
     def _linear(self, x: Tensor) -> Tensor:
         weight, bias = getattr(self, self._weight_name), getattr(self, self._bias_name)
         if self.prepared:
             return int8_matmul(x, weight, self._buffers[f"{self._weight_name}_scale"], bias, 0.0)  # type: ignore[arg-type]
-        return switchback_linear(
-            x,
-            weight,
-            bias,
-            self.variant,
-            self._quantized(transpose=x.requires_grad),
-            k_split=self.k_split,
-            stochastic_rounding=self.stochastic_rounding,
+        quantized = self._quantized(weight, x.requires_grad)
+        return self._product(x, weight, bias, quantized)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: QuantizedWeight | None) -> Tensor:
+        watcher = None if torch.compiler.is_compiling() else self._cache
+        return training_linear(
+            x, weight, bias, self.variant, quantized, self.k_split, self.stochastic_rounding, watcher
         )
 
-    def prepare_for_eval(self: _Layer) -> _Layer:
-        """Keep only the int8 weight, a byte an element, and its scale: `weight` (int8, now a buffer) and `weight_scale`
-        (fp32, one a row), as in `octavo.nn.Int8Linear` with threshold 0. It cannot be undone, and the weight no longer
-        trains; y and the gradient of x are as before, but for the weight's scale in the backward pass.
-
-        Raises:
-            ValueError: variant fp8, which has no int8 weight; NaN or Inf in the weight; a weight sharded by FSDP2.
-        """
+    def check_preparable(self) -> None:
+        """ValueError, as of `prepare_for_eval`, unless it would succeed."""
         if self.prepared:
-            return self
-        name = self._weight_name
-        weight = getattr(self, name).detach()
+            return
+        weight = self._parameters.get(self._weight_name)
+        if weight is None:
+            raise ValueError(
+                f"{self._weight_name} is no parameter but computed, by weight_norm, pruning or a parametrization: "
+                "remove that first"
+            )
         if self.variant == "fp8":
             raise ValueError("variant fp8 is a simulation: there is no int8 weight to keep. Convert it to another one")
         if _is_sharded(weight):
             raise ValueError("the weight is sharded: gather it into a model without FSDP2 and prepare that")
         if not weight.is_meta and (bad := weight.numel() - int(torch.isfinite(weight).sum())):
             raise ValueError(f"{bad} of {weight.numel()} weights are NaN or Inf")
-        codes, scale, *_ = quantize_weight(weight, self.variant, transpose=False)
+
+    def prepare_for_eval(self: _Layer) -> _Layer:
+        """Keep only the int8 weight, a byte an element, and its scale: `weight` (int8, now a buffer) and `weight_scale`
+        (fp32, one a row), as in `octavo.nn.Int8Linear` with threshold 0. It cannot be undone, and the weight no longer
+        trains; y and the gradient of x are as before, but for the weight's scale in the backward pass.
+
+        Its state dict loads into a layer that was prepared likewise: make the model, convert it, prepare it, then load.
+
+        Raises:
+            ValueError: variant fp8, which has no int8 weight; NaN or Inf in the weight; a weight that is sharded by
+                FSDP2 or computed by a parametrization. Nothing is changed then.
+        """
+        self.check_preparable()
+        if self.prepared:
+            return self
+        name = self._weight_name
+        codes, scale, *_ = quantize_weight(getattr(self, name), self.variant, transpose=False)
         del self._parameters[name]
         self.register_buffer(name, codes)
         self.register_buffer(f"{name}_scale", scale.expand(codes.shape[0]).contiguous())
         self._cache.drop()
         return self
+
+    def train(self: _Layer, mode: bool = True) -> _Layer:
+        if not mode:
+            self._cache.drop()  # in evaluation the weight is quantized at every call, or once and for all
+        return super().train(mode)
 
     # Another weight, or the same one elsewhere, must not meet the old one's codes.
 
@@ -166,11 +195,11 @@ class Int8Weight(FrozenBuffers):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_held")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_held", "_held_key")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__ |= {"_cache": WeightCache(), "_held": None}
+        self.__dict__ |= {"_cache": WeightCache(), "_held": None, "_held_key": None}
 
     def _load_from_state_dict(
         self,
@@ -183,7 +212,8 @@ class Int8Weight(FrozenBuffers):
         error_msgs: list[str],
     ) -> None:
         loaded = state_dict.get(prefix + self._weight_name)
-        if loaded is not None and loaded.is_floating_point() == self.prepared:
+        fits = loaded is None or (loaded.dtype is torch.int8 if self.prepared else loaded.is_floating_point())
+        if loaded is not None and not fits:
             which = (
                 "was prepared for evaluation and holds int8: load the weights before prepare_for_eval()"
                 if self.prepared
@@ -223,30 +253,32 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: from a forward pass, that a weight was changed inside (seen where it is not compiled).
     """
-    held: list[Int8Weight] = []
+    before: list[tuple[Int8Weight, QuantizedWeight | None, tuple[int, int, int] | None]] = []
     try:
         for module in model.modules():
             if not isinstance(module, Int8Weight) or module.prepared or module._sharded or module.variant == "fp8":
                 continue
             weight: Tensor = getattr(module, module._weight_name)
-            module.__dict__["_held_version"] = _version(weight)
-            module.__dict__["_held"] = quantize_weight(weight, module.variant, transpose=True)
-            held.append(module)
+            quantized = quantize_weight(weight, module.variant, transpose=True)
+            before.append((module, module._held, module._held_key))
+            module.__dict__ |= {"_held": quantized, "_held_key": _identity(weight)}
         yield
     finally:
-        for module in held:
-            module.__dict__["_held"] = None
+        for module, held, key in before:
+            if "_held" in module.__dict__:  # else it was turned back inside
+                module.__dict__ |= {"_held": held, "_held_key": key}
 
 
 class SwitchBackLinear(Int8Weight, nn.Linear):
     """`torch.nn.Linear` whose products are int8 in training, but that of the weight's gradient (SwitchBack, arXiv
     2304.13013): see `octavo.switchback_linear` for the formulas, the variants and special values.
 
-    The weight is quantized, and transposed for the backward pass, once for each of its versions: when it was changed
-    in place, replaced or moved, and after a step of any optimizer. Not seen is a change through ``weight.data`` between
-    two forward passes in training without a step between them. Under torch.compile (but for `octavo.quantize_once`),
-    with FSDP2 and without gradients it is quantized at every call. Parameters, their initialisation and the state dict
-    are those of `torch.nn.Linear`.
+    In training the weight is quantized, and transposed for the backward pass, once for each of its versions: anew when
+    it was changed in place, replaced or moved, after a step of any optimizer, and once ``weight.grad`` was set to None
+    after a backward pass. So a loop that writes ``weight.data`` by hand is seen where it sets gradients to None, and
+    not where it zeroes them or writes between two forward passes. Outside of training, under torch.compile (but for
+    `octavo.quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized at every call. Parameters,
+    their initialisation and the state dict are those of `torch.nn.Linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch; weight and bias are fp32, fp16 or bf16.

@@ -17,6 +17,7 @@ from ._report import LayerReport as LayerReport
 from ._report import Report as Report
 from .nf4 import check_options
 from .nn import Int8Linear, NF4Linear, check_threshold, check_weight
+from .nn_switchback import Int8Weight
 
 if TYPE_CHECKING:
     from .spqr import SpQRCodes, SpQRConfig
@@ -367,6 +368,9 @@ def _find_targets(model: nn.Module, skip: Sequence[str], widest: int | None) -> 
         else:
             targets.append(_Target(names, module))
     if not targets:
+        for name, module in model.named_modules():
+            if isinstance(module, Int8Weight):
+                skipped[name] = "it trains in int8; octavo.convert_linears(model, torch.nn.Linear) turns it back"
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
         raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize{reasons and ':'}{reasons}")
     return targets, skipped

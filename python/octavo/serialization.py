@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ._kinds import KINDS, MODULES, configuration, method_of
 from ._version import __version__
 from .nn_lora import LoRALinear
+from .nn_switchback import Int8Weight
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "octavo.safetensors", "octavo.json"
@@ -120,6 +121,11 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
     if "" in layers:
         itself = type(model).__name__
         raise ValueError(f"the model is itself a quantized layer, {itself}: save its state_dict, or a model with it")
+    if prepared := [name for name, m in model.named_modules() if isinstance(m, Int8Weight) and m.prepared]:
+        raise ValueError(
+            f"{prepared[0]} was prepared for evaluation by prepare_for_eval: load_quantized does not make such layers. "
+            "Save the model's state_dict"
+        )
     tensors, tied = _tensors_to_write(model)
     modules = {name: {"method": method_of(layer)} | configuration(layer) for name, layer in layers.items()}
     for name, layer in layers.items():

@@ -124,7 +124,7 @@ class StableAdamW(Optimizer8bit):
 
         A parameter's rms rises above 1 some steps before the loss does: in the paper that of the patch embedding, 1 to
         8 steps. To log the largest: ``float(torch.stack([r for r in optimizer.rms() if r is not None]).max())``, now
-        and then, as this waits for the device.
+        and then, as this waits for the device. Behind accelerate it is ``optimizer.optimizer.rms()``.
         """
         found: list[Tensor | None] = [None] * sum(len(group["params"]) for group in self.param_groups)
         for numbers, sums in self._sums:
