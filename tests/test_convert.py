@@ -491,6 +491,22 @@ def test_attention_made_directly():
         SwitchBackMultiheadAttention(16, 2, variant="none")
 
 
+def test_attention_compiles_to_one_graph():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    octavo.convert_linears(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 5, 16)
+    out = compiled(x)
+    out.square().sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    want = layer(x)
+    want.square().sum().backward()
+    torch.testing.assert_close(out, want)
+    for got, p in zip(gradients, layer.parameters(), strict=True):
+        torch.testing.assert_close(got, p.grad)
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_refuses_what_torch_refuses(batch_first: bool):
     plain = nn.MultiheadAttention(16, 2, batch_first=batch_first)
