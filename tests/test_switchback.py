@@ -13,7 +13,7 @@ import octavo
 import pytest
 import torch
 from compare import FLOATS
-from octavo.autograd_switchback import INT8_VARIANTS, VARIANTS
+from octavo.autograd_switchback import INT8_VARIANTS, VARIANTS, _rows_and_columns
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -276,6 +276,15 @@ def test_stochastic_rounding_is_right_in_the_mean(k_split: int | None):
     assert (draws.mean(0) - exact)[:, :8].abs().mean() < nearest / 3
     torch.manual_seed(1)
     assert torch.equal(weight_grad(x, grad, k_split=k_split, stochastic_rounding=True), draws[0])
+
+
+def test_parts_are_rounded_apart():
+    """Equal rows in two parts draw other numbers: else their errors would add up."""
+    half = torch.rand(40, 24)
+    _, (first, _, second, _) = _rows_and_columns(half.repeat(2, 1), 40, stochastic=True, with_rows=False)
+    assert first.shape == (24, 40) and (first != second).float().mean() > 0.2
+    _, (first, _, second, _) = _rows_and_columns(half.repeat(2, 1), 40, stochastic=False, with_rows=False)
+    assert torch.equal(first, second)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

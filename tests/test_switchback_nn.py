@@ -445,7 +445,7 @@ def _fsdp2(rank: int, world: int) -> None:
         fully_shard(model)
         losses = _train(model, _batches(), torch.optim.SGD(model.parameters(), lr=0.5))
         _assert_trained_alike(model, losses)
-        assert model[0]._cache.value is None  # no rank keeps a whole layer
+        assert model[0]._sharded and model[0]._cache.value is None  # no rank keeps a whole layer
         with pytest.raises(ValueError, match="the weight is sharded"):
             model[0].prepare_for_eval()
 
