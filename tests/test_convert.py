@@ -341,6 +341,52 @@ def test_prepare_for_eval_changes_all_or_nothing(damage: str):
         assert not model[1].prepared
 
 
+@pytest.mark.parametrize("how", ["alone", "replaced", "named before", "parametrized"])
+def test_an_output_projection_that_went_its_own_way(how: str):
+    attention = nn.MultiheadAttention(16, 4)
+    model: nn.Module = nn.ModuleDict({"x": attention.out_proj, "a": attention}) if "named" in how else attention
+    octavo.convert_linears(model)
+    if how == "alone":
+        octavo.convert_linears(attention.out_proj, nn.Linear)
+    elif how == "replaced":
+        attention.out_proj = nn.Linear(16, 16)
+    elif how == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(attention.out_proj)
+    if how in ("alone", "replaced"):
+        with pytest.raises(ValueError, match="out_proj is a Linear, which has no int8 weight"):
+            octavo.prepare_for_eval(model)
+        assert not attention.prepared
+    x = torch.randn(3, 2, 16)
+    if how == "parametrized":
+        with pytest.raises(ValueError, match="its output projection is a ParametrizedSwitchBackLinear"):
+            octavo.convert_linears(model, nn.Linear)
+    else:
+        octavo.convert_linears(model, nn.Linear)
+        assert type(attention) is nn.MultiheadAttention and isinstance(attention.out_proj, nn.Linear)
+        assert not isinstance(attention.out_proj, nn_switchback.Int8Weight)
+    attention(x, x, x)
+
+
+def test_parts_of_an_encoder_converted_one_by_one():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2)
+    before = [dict(module.__dict__) for module in encoder.modules()]
+    x = torch.randn(2, 5, 16)
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    padding[0, 3:] = True
+    for layer in encoder.layers:
+        octavo.convert_linears(layer.linear1)
+    prepared = copy.deepcopy(encoder).eval()
+    octavo.prepare_for_eval(prepared)
+    with torch.no_grad():
+        assert prepared(x, src_key_padding_mask=padding).isfinite().all()
+    octavo.convert_linears(encoder)
+    for layer in encoder.layers:
+        octavo.convert_linears(layer, nn.Linear)
+    with pytest.raises(ValueError, match="there is no SwitchBackLinear"):
+        octavo.convert_linears(encoder, nn.Linear)  # which at least allows torch's own kernels again
+    assert [module.__dict__.keys() for module in encoder.modules()] == [state.keys() for state in before]
+
+
 def test_others_say_what_to_do_with_converted_layers(tmp_path: Any):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     octavo.convert_linears(model)
@@ -489,6 +535,31 @@ def test_attention_made_directly():
     assert torch.equal(attention(x, x, x)[0], want)
     with pytest.raises(ValueError, match="unknown variant"):
         SwitchBackMultiheadAttention(16, 2, variant="none")
+    with pytest.raises(ValueError, match="dtype must be float32, float16 or bfloat16, got float64"):
+        SwitchBackMultiheadAttention(16, 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_attention_starts_like_torchs(turned: bool):
+    def made() -> nn.MultiheadAttention:
+        torch.manual_seed(7)
+        if turned:
+            attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            octavo.convert_linears(attention)
+            return attention
+        return SwitchBackMultiheadAttention(16, 4, batch_first=True)
+
+    attention = made()
+    torch.manual_seed(8)
+    attention._reset_parameters()
+    torch.manual_seed(8)
+    plain = nn.MultiheadAttention(16, 4, batch_first=True)
+    plain._reset_parameters()
+    torch.manual_seed(8)
+    plain._reset_parameters()
+    assert torch.equal(attention.in_proj_weight, plain.in_proj_weight)
+    empty = torch.randn(0, 5, 16)
+    assert attention(empty, empty, empty)[0].shape == (0, 5, 16)
 
 
 def test_attention_compiles_to_one_graph():

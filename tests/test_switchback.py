@@ -118,7 +118,7 @@ def test_fp8_rounds_every_operand(dtype: torch.dtype):
         fp8(x.detach().double().view(-1, 64), torch.float8_e4m3fn),
         fp8(grad.double().view(-1, 96), torch.float8_e5m2),
     )
-    W = fp8(weight.detach().to(dtype).double(), torch.float8_e4m3fn)
+    W = fp8(weight.detach().double(), torch.float8_e4m3fn)
     # A value at a midpoint may go the other way, for the scale is fp32 there: few, and rounding itself is 0.03 to 0.06.
     for got, want in (
         (out.detach().view(-1, 96), X @ W.t() + bias.detach().double()),
@@ -140,7 +140,13 @@ def test_fp8_of_tiny_tensors(size: float):
     for got, want in ((x.grad, grad @ weight.detach()), (weight.grad, grad.t() @ x.detach())):
         assert got.isfinite().all()
         assert (got == 0).all() if size < 2.0**-100 else (got / size - want).norm() < 0.2 * want.norm()
-    out = octavo.fp8_linear((x * size).detach(), weight)
+    x = x.detach() * 1e25
+    x[1] = 0
+    assert (octavo.fp8_linear(x, weight * 1e20)[1] == 0).all()  # the product of the scales is out of range
+    x = x / 1e25
+    half = octavo.fp8_linear((x * 1e-4).half(), weight * 1e5)  # so is the weight, of fp16
+    assert (half.float() - 10 * octavo.fp8_linear(x, weight)).abs().max() < 1.0
+    out = octavo.fp8_linear(x * size, weight)
     assert out.isfinite().all() and bool((out == 0).all()) == (size < 2.0**-100)
 
 

@@ -164,6 +164,17 @@ def test_without_gradients_nothing_is_kept():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_inference_mode_in_training_leaves_no_trace(variant: str):
+    model = nn.Sequential(SwitchBackLinear(20, 12, variant=variant), SwitchBackLinear(12, 4, variant=variant))
+    x = torch.randn(6, 20)
+    step(model, x)
+    model.zero_grad()
+    with torch.inference_mode():
+        model(x)
+    step(model, x)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_function(variant: str):
     layer = SwitchBackLinear(20, 12, variant=variant)
     x = torch.randn(2, 3, 20, requires_grad=True)
@@ -295,6 +306,16 @@ def test_quantize_once_sees_changes_and_ends():
         assert "_held" not in copy.deepcopy(layer).__getstate__()
         octavo.convert_linears(model, nn.Linear)
     assert layer.__dict__.keys() == nn.Linear(4, 4).__dict__.keys()
+    computed = torch.nn.utils.parametrizations.weight_norm(SwitchBackLinear(4, 4))
+    with octavo.quantize_once(computed):
+        computed(torch.randn(2, 4))
+    again = nn.Sequential(nn.Linear(4, 4))
+    octavo.convert_linears(again)
+    with octavo.quantize_once(again):
+        with octavo.quantize_once(again):
+            octavo.convert_linears(again, nn.Linear)
+            octavo.convert_linears(again, variant="vectorwise")
+        assert again[0]._held is None  # not the codes of the other variant
     others = nn.Sequential(
         SwitchBackLinear(4, 4, variant="fp8"), SwitchBackLinear(4, 4).prepare_for_eval(), nn.Linear(4, 4)
     )

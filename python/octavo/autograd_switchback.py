@@ -327,10 +327,10 @@ def training_linear(
 # ---- fp8, simulated ------------------------------------------------------------------------------------------------
 
 
-def _to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x / scale rounded to fp8 values, in a dtype that products have, and the scale: that of the tensor's absmax to
-    the largest fp8 value. A tensor whose absmax is below 2**-100, where the inverse may leave fp32, counts as zero:
-    scale 0. NaN or Inf make the scale NaN."""
+def _to_fp8(x: Tensor, dtype: torch.dtype, like: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale rounded to fp8 values, in the dtype that products of `like` have, and the scale: that of the tensor's
+    absmax to the largest fp8 value. A tensor whose absmax is below 2**-100, where the inverse may leave fp32, counts as
+    zero: scale 0. NaN or Inf make the scale NaN."""
     values = x.float()
     absmax = values.abs().amax() if values.numel() else values.new_zeros(())
     most = torch.finfo(dtype).max
@@ -339,15 +339,15 @@ def _to_fp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     inverse = torch.where(tiny, 0.0, most / absmax)
     codes = (values * inverse).to(dtype)
     # fp8 values are exact in bf16, and in fp16, too, where sums of their products would not stay in range.
-    return codes.to(torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32), scale
+    return codes.to(torch.bfloat16 if like is torch.bfloat16 else torch.float32), scale
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x_codes, x_scale = _to_fp8(_rows(x), torch.float8_e4m3fn)
-        codes, scale = _to_fp8(weight.to(x.dtype), torch.float8_e4m3fn)
-        out = torch.mm(x_codes, codes.t()).float() * (x_scale * scale)
+        x_codes, x_scale = _to_fp8(_rows(x), torch.float8_e4m3fn, x.dtype)
+        codes, scale = _to_fp8(weight, torch.float8_e4m3fn, x.dtype)
+        out = torch.mm(x_codes, codes.t()).float() * x_scale * scale  # one by one: both may be large
         if bias is not None:
             out = out + bias.float()
         ctx.save_for_backward(x_codes, x_scale, codes, scale)
@@ -358,13 +358,13 @@ class _Fp8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_codes, x_scale, codes, scale = ctx.saved_tensors
-        g, g_scale = _to_fp8(_rows(grad), torch.float8_e5m2)
+        g, g_scale = _to_fp8(_rows(grad), torch.float8_e5m2, grad.dtype)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (torch.mm(g, codes).float() * (g_scale * scale)).to(grad.dtype)
+            grad_x = (torch.mm(g, codes).float() * g_scale * scale).to(grad.dtype)
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         if ctx.needs_input_grad[1]:
-            grad_weight = (torch.mm(g.t(), x_codes).float() * (g_scale * x_scale)).to(ctx.weight_dtype)
+            grad_weight = (torch.mm(g.t(), x_codes).float() * g_scale * x_scale).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = _bias_grad(grad, ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias
@@ -387,7 +387,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: [..., k], fp32, fp16 or bf16; under autocast cast to the autocast dtype. Products are in bf16 for bf16, else
             in fp32.
-        weight: [n, k], fp32, fp16 or bf16.
+        weight: [n, k], fp32, fp16 or bf16; rounded from its own dtype.
         bias: [n].
 
     Returns:

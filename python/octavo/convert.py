@@ -90,6 +90,10 @@ def convert_linears(
             if not is_done:
                 result.left[name] = f"its type is {type(module).__name__}: what a subclass adds would be lost"
                 continue
+            out_proj: Any = module.out_proj if isinstance(module, nn.MultiheadAttention) else None
+            if isinstance(out_proj, Int8Weight) and type(out_proj) is not SwitchBackLinear:
+                result.left[name] = f"its output projection is a {type(out_proj).__name__}"
+                continue
             if module.prepared:
                 raise ValueError(f"{name!r} was prepared for evaluation: its float weight is gone. Load the model anew")
         elif is_done:
@@ -104,6 +108,7 @@ def convert_linears(
         chosen.append(module)
         result.converted.append(name)
     if not result.converted and (backwards or not done):
+        _set_fast_path(model)  # parts may have been turned back one by one
         why = "".join(f"; {name or 'it'}: {reason}" for name, reason in result.left.items())
         why += f"; excluded: {', '.join(excluded)}" if excluded else ""
         what = "SwitchBackLinear" if backwards else "torch.nn.Linear or torch.nn.MultiheadAttention"
@@ -133,6 +138,7 @@ def prepare_for_eval(model: nn.Module) -> list[str]:
             raise ValueError(f"{name!r}: {error}") from None
     for layer in layers.values():
         layer.prepare_for_eval()
+    _set_fast_path(model)
     return list(layers)
 
 
@@ -149,9 +155,10 @@ def _matching(
             raise ValueError(f"{what} must be a list of patterns, got {patterns!r}")
     names: dict[nn.Module, list[str]] = {}
     inside: set[nn.Module] = set()  # output projections belong to their attention
-    for name, module in model.named_modules(remove_duplicate=False):
+    for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             inside.add(module.out_proj)
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and module not in inside:
             names.setdefault(module, []).append(name)
     for what, patterns in (("include", include or ()), ("exclude", exclude or ())):
@@ -190,7 +197,8 @@ def _unsuited(module: nn.Module) -> str | None:
 def _check(module: Any, name: str) -> None:
     weights = {"weight": module.weight, "bias": module.bias} if isinstance(module, nn.Linear) else {}
     if isinstance(module, nn.MultiheadAttention):
-        weights = {"in_proj_weight": module.in_proj_weight, "out_proj.weight": module.out_proj.weight}
+        weights = {"in_proj_weight": module.in_proj_weight, "in_proj_bias": module.in_proj_bias}
+        weights |= {"out_proj.weight": module.out_proj.weight, "out_proj.bias": module.out_proj.bias}
     for what, weight in weights.items():
         if weight is None:
             continue
@@ -220,9 +228,10 @@ def _turn(module: Any, settings: dict[str, Any]) -> None:
 def _turn_back(module: Any) -> None:
     module._clear_options()
     if isinstance(module, nn.MultiheadAttention):
-        out_proj: Any = module.out_proj
-        out_proj._clear_options()
-        out_proj.__class__ = NonDynamicallyQuantizableLinear
+        if isinstance(module.out_proj, SwitchBackLinear):  # else it was turned back, or replaced, by itself
+            out_proj: Any = module.out_proj
+            out_proj._clear_options()
+            out_proj.__class__ = NonDynamicallyQuantizableLinear
         module.__class__ = nn.MultiheadAttention
     else:
         module.__class__ = nn.Linear

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .autograd import int8_matmul
 from .autograd_switchback import QuantizedWeight, check_options, quantize_weight
-from .nn_switchback import Int8Weight, SwitchBackLinear
+from .nn_switchback import Int8Weight, SwitchBackLinear, check_weight_dtype
 
 _Attention = TypeVar("_Attention", bound="SwitchBackMultiheadAttention")
 
@@ -37,8 +37,9 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
     `octavo.nn.SwitchBackLinear`. `octavo.convert_linears` makes it of torch's; parameters, state dict and what a call
     takes are those of torch, the attention between the projections is in the input's dtype.
 
-    Keys and values have the queries' width; there is no `add_bias_kv` and no `add_zero_attn`. Rows of the mask that
-    forbid everything are NaN, or as `torch.nn.functional.scaled_dot_product_attention` has them.
+    Keys and values have the queries' width; there is no `add_bias_kv` and no `add_zero_attn`. In fp8, parts of the
+    fused projection that are computed apart, for keys that are not the queries, have a scale each. Rows of the mask
+    that forbid everything are NaN, or as `torch.nn.functional.scaled_dot_product_attention` has them.
 
     Args:
         embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as in torch.
@@ -64,6 +65,7 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
         stochastic_rounding: bool = False,
     ) -> None:
         check_options(variant, k_split, stochastic_rounding)
+        check_weight_dtype(dtype)
         super().__init__(embed_dim, num_heads, dropout, bias, batch_first=batch_first, device=device, dtype=dtype)
         self._set_options(variant, k_split, stochastic_rounding)
 
@@ -83,9 +85,19 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
     def _qkv_same_embed_dim(self, value: bool) -> None:
         self.__dict__["_qkv_same_embed_dim"] = value  # for the module that this may be turned back into
 
+    def _reset_parameters(self) -> None:
+        cache = self.__dict__.pop("_cache", None)  # see _qkv_same_embed_dim
+        try:
+            super()._reset_parameters()
+        finally:
+            if cache is not None:
+                self.__dict__["_cache"] = cache
+
     def check_preparable(self) -> None:
         super().check_preparable()
         out_proj: Any = self.out_proj
+        if not isinstance(out_proj, SwitchBackLinear):
+            raise ValueError(f"out_proj is a {type(out_proj).__name__}, which has no int8 weight: turn this back first")
         try:
             out_proj.check_preparable()
         except ValueError as error:
@@ -143,7 +155,7 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
         elif not self.batch_first:
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))
         batch, length, width = q.shape
-        q, k, v = (x.reshape(batch, -1, self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.reshape(batch, x.shape[1], self.num_heads, self.head_dim).transpose(1, 2) for x in (q, k, v))
 
         mask = None
         if attn_mask is not None and not (is_causal and key_padding_mask is None and not need_weights):

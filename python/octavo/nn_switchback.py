@@ -56,8 +56,9 @@ class WeightCache:
         self.key, self.value, self.used = None, None, False
 
     def get(self, weight: Tensor, variant: str, transpose: bool) -> QuantizedWeight | None:
-        """None for what has no version that says when it changed, or is computed anew for every pass."""
-        if weight.is_inference() or not isinstance(weight, nn.Parameter):
+        """None for what has no version that says when it changed, is computed anew for every pass, or could not be
+        saved for a backward pass later."""
+        if weight.is_inference() or torch.is_inference_mode_enabled() or not isinstance(weight, nn.Parameter):
             return None
         if self.used and weight.grad is None:
             self.drop()
@@ -247,26 +248,35 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
         optimizer.step()
 
     Without torch.compile the layers see by themselves when a weight is new. A compiled graph does not, and quantizes at
-    every call: here it takes the codes as inputs. Layers that are sharded by FSDP2, prepared for evaluation or in fp8
-    are left to themselves.
+    every call: here it takes the codes as inputs. Layers that are sharded by FSDP2, prepared for evaluation or in fp8,
+    and those whose weight a parametrization computes, are left to themselves.
 
     Raises:
-        RuntimeError: from a forward pass, that a weight was changed inside (seen where it is not compiled).
+        RuntimeError: from a forward pass, that a weight was changed inside: not seen by a compiled one, nor where it is
+            written through ``weight.data``.
     """
-    before: list[tuple[Int8Weight, QuantizedWeight | None, tuple[int, int, int] | None]] = []
+    put: list[tuple[Int8Weight, QuantizedWeight, dict[str, Any]]] = []
     try:
         for module in model.modules():
             if not isinstance(module, Int8Weight) or module.prepared or module._sharded or module.variant == "fp8":
                 continue
-            weight: Tensor = getattr(module, module._weight_name)
+            weight = module._parameters.get(module._weight_name)
+            if weight is None:  # a parametrization computes it, another one each time
+                continue
             quantized = quantize_weight(weight, module.variant, transpose=True)
-            before.append((module, module._held, module._held_key))
+            put.append((module, quantized, {"_held": module._held, "_held_key": module._held_key}))
             module.__dict__ |= {"_held": quantized, "_held_key": _identity(weight)}
         yield
     finally:
-        for module, held, key in before:
-            if "_held" in module.__dict__:  # else it was turned back inside
-                module.__dict__ |= {"_held": held, "_held_key": key}
+        for module, quantized, before in put:
+            if module.__dict__.get("_held") is quantized:  # else it was turned into something else inside
+                module.__dict__ |= before
+
+
+def check_weight_dtype(dtype: torch.dtype | None) -> None:
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
 
 
 class SwitchBackLinear(Int8Weight, nn.Linear):
@@ -275,10 +285,10 @@ class SwitchBackLinear(Int8Weight, nn.Linear):
 
     In training the weight is quantized, and transposed for the backward pass, once for each of its versions: anew when
     it was changed in place, replaced or moved, after a step of any optimizer, and once ``weight.grad`` was set to None
-    after a backward pass. So a loop that writes ``weight.data`` by hand is seen where it sets gradients to None, and
-    not where it zeroes them or writes between two forward passes. Outside of training, under torch.compile (but for
-    `octavo.quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized at every call. Parameters,
-    their initialisation and the state dict are those of `torch.nn.Linear`.
+    after a backward pass. So a loop that writes ``weight.data`` by hand is seen where it sets gradients to None after
+    that and before the next forward pass, and not where it zeroes them, or resets them later. Outside of training,
+    under torch.compile (but for `octavo.quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized
+    at every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch; weight and bias are fp32, fp16 or bf16.
@@ -304,9 +314,7 @@ class SwitchBackLinear(Int8Weight, nn.Linear):
         stochastic_rounding: bool = False,
     ) -> None:
         check_options(variant, k_split, stochastic_rounding)
-        dtype = dtype or torch.get_default_dtype()
-        if dtype not in FLOATS:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}")
+        check_weight_dtype(dtype)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_options(variant, k_split, stochastic_rounding)
 
