@@ -55,3 +55,16 @@ def special_rows(rows: int, cols: int, dtype: torch.dtype, generator: torch.Gene
         if 2 * i + 1 < rows:
             change(x[2 * i + 1])
     return x
+
+
+def assert_bits(actual: Tensor, expected: Tensor) -> None:
+    """The same dtype, shape and bits, the sign of zeros included; any NaN equals any other."""
+    assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if actual.is_floating_point():
+        assert torch.equal(actual.isnan(), expected.isnan())
+        actual, expected = (t.masked_fill(t.isnan(), 0.0) for t in (actual, expected))
+        integer = {2: torch.int16, 4: torch.int32}[actual.element_size()]
+        actual, expected = actual.contiguous().view(integer), expected.contiguous().view(integer)
+    wrong = (actual != expected).nonzero()
+    assert len(wrong) == 0, f"{len(wrong)} elements differ, the first at {wrong[0].tolist()}"

@@ -1,4 +1,4 @@
-// Every helper of common/ptx.h in a kernel: cuda-check assembles them for each architecture, machine.cpp runs them.
+// Every helper of common/ptx.h in a kernel: cuda-check assembles them for each architecture, machine_ptx.cpp runs them.
 #include "common/ptx.h"
 
 namespace octavo::GPU_NS {
