@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from octavo import reference
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -68,3 +71,11 @@ def assert_bits(actual: Tensor, expected: Tensor) -> None:
         actual, expected = actual.contiguous().view(integer), expected.contiguous().view(integer)
     wrong = (actual != expected).nonzero()
     assert len(wrong) == 0, f"{len(wrong)} elements differ, the first at {wrong[0].tolist()}"
+
+
+def assert_scheme(ops: Any, scheme: str, x: Tensor, finite: bool) -> None:
+    """An operator of int8 quantization against the reference, to the bit; finite: without NaN and Inf."""
+    if finite:
+        x = x.nan_to_num(nan=1.0, posinf=2.0, neginf=-2.0)
+    for actual, expected in zip(getattr(ops, scheme)(x), getattr(reference, scheme)(x), strict=True):
+        assert_same(actual, expected)

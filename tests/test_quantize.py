@@ -5,7 +5,7 @@ from __future__ import annotations
 import octavo
 import pytest
 import torch
-from compare import FLOATS, assert_same, special_rows
+from compare import FLOATS, assert_same, assert_scheme, special_rows
 from conftest import Ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,11 +33,7 @@ def test_rowwise(ops: Ops, shape: tuple[int, int], threshold: float, dtype: torc
 def test_other_schemes(
     ops: Ops, scheme: str, shape: tuple[int, int], finite: bool, dtype: torch.dtype, generator: torch.Generator
 ):
-    x = special_rows(*shape, dtype, generator)
-    if finite:
-        x = x.nan_to_num(nan=1.0, posinf=2.0, neginf=-2.0)
-    for actual, expected in zip(getattr(ops, scheme)(x), getattr(reference, scheme)(x), strict=True):
-        assert_same(actual, expected)
+    assert_scheme(ops, scheme, special_rows(*shape, dtype, generator), finite)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
