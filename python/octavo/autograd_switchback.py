@@ -142,14 +142,12 @@ def _rows_and_columns(
 ) -> tuple[tuple[Tensor, Tensor] | None, list[Tensor]]:
     """Row codes and scale of x, if wanted, and (column codes, scale) of each part of its rows."""
     parts = _parts(x.shape[0], k_split)
-    seed = _seed(x) if stochastic else None
     if len(parts) == 1 and with_rows:
-        codes, scale, *columns = ops.quantize_rowwise_columnwise_transpose(x, seed)
+        codes, scale, *columns = ops.quantize_rowwise_columnwise_transpose(x, _seed(x) if stochastic else None)
         return (codes, scale), columns
     columns = []
-    for begin, end in parts:
-        columns += ops.quantize_columnwise_transpose(x[begin:end], seed)
-        seed = _seed(x) if stochastic else None  # elements of a part count from 0
+    for begin, end in parts:  # a seed each, since elements of a part count from 0
+        columns += ops.quantize_columnwise_transpose(x[begin:end], _seed(x) if stochastic else None)
     return (ops.quantize_rowwise(x) if with_rows else None), columns
 
 
