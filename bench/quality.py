@@ -16,14 +16,16 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import octavo.nn
 import torch
-from octavo import evaluate, models, quantize_model
+from octavo import models, quantize_model
+from octavo.core.low_bit import LowBitLinear
+from octavo.core.method import find_method
+from octavo.models import evaluate
 from octavo.spqr import SpQRConfig
 from rich.console import Console
 from rich.table import Table
@@ -43,9 +45,9 @@ class Method:
     """One row: how the weights are quantized, and with how many calibration sequences."""
 
     name: str
-    config: SpQRConfig | None = None
+    method: str | None = None  # of `octavo.quantize_model`; None: not quantized
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     samples: int = 0
-    low_bit: tuple[str, bool] | None = None  # quant_type and double_quant of NF4 and its like; neither: not at all
 
     @property
     def family(self) -> str:
@@ -73,26 +75,32 @@ def methods(few: int, many: int) -> list[Method]:
     """The rows of a table: `few` calibration sequences for every method, `many` for those that gain by them."""
     paper3, paper4 = SpQRConfig(bits=3, damping=1.0), SpQRConfig(bits=4, damping=1.0)
     spqr3, spqr4 = SpQRConfig(bits=3), SpQRConfig(bits=4)
-    gptq3, gptq4 = SpQRConfig.gptq(3, 16), SpQRConfig.gptq(4, 64)
+
+    def spqr(name: str, config: SpQRConfig, samples: int = 0) -> Method:
+        return Method(name, "spqr", {"config": config}, samples)
+
+    def gptq(bits: int, group_size: int, samples: int) -> Method:
+        return spqr(f"GPTQ-{bits} g{group_size}", SpQRConfig.gptq(bits, group_size), samples)
+
     return [
         Method("fp32"),
-        Method("NF4 b64", low_bit=("nf4", False)),
-        Method("NF4 b64, double quant.", low_bit=("nf4", True)),
-        Method("FP4 b64", low_bit=("fp4", False)),
-        Method("NF3 b64", low_bit=("nf3", False)),
-        Method("RTN-3 g16", SpQRConfig.rtn(3, 16)),
-        Method("RTN-4 g64", SpQRConfig.rtn(4, 64)),
-        Method("GPTQ-3 g16", gptq3, few),
-        Method("GPTQ-4 g64", gptq4, few),
-        Method("SpQR-3 g16, no outliers", SpQRConfig(bits=3, tau=math.inf, damping=1.0), few),
-        Method("SpQR-3 g16, paper", paper3, few),
-        Method("SpQR-4 g16, paper", paper4, few),
-        Method("SpQR-3 g16", spqr3, few),
-        Method("SpQR-4 g16", spqr4, few),
-        Method("GPTQ-3 g16", gptq3, many),
-        Method("GPTQ-4 g64", gptq4, many),
-        Method("SpQR-3 g16", spqr3, many),
-        Method("SpQR-4 g16", spqr4, many),
+        Method("NF4 b64", "nf4"),
+        Method("NF4 b64, double quant.", "nf4", {"double_quant": True}),
+        Method("FP4 b64", "fp4"),
+        Method("NF3 b64", "nf4", {"quant_type": "nf3"}),
+        spqr("RTN-3 g16", SpQRConfig.rtn(3, 16)),
+        spqr("RTN-4 g64", SpQRConfig.rtn(4, 64)),
+        gptq(3, 16, few),
+        gptq(4, 64, few),
+        spqr("SpQR-3 g16, no outliers", SpQRConfig(bits=3, tau=math.inf, damping=1.0), few),
+        spqr("SpQR-3 g16, paper", paper3, few),
+        spqr("SpQR-4 g16, paper", paper4, few),
+        spqr("SpQR-3 g16", spqr3, few),
+        spqr("SpQR-4 g16", spqr4, few),
+        gptq(3, 16, many),
+        gptq(4, 64, many),
+        spqr("SpQR-3 g16", spqr3, many),
+        spqr("SpQR-4 g16", spqr4, many),
     ]
 
 
@@ -214,24 +222,14 @@ def spread(windows: Tensor, count: int) -> Tensor:
 def measure(subject: Subject, method: Method, simulate: bool) -> Row:
     """Quantize a copy of the model and judge it; its decoding is timed if its layers are really packed."""
     quantized, report, begin = subject.model, None, time.perf_counter()
-    if method.low_bit is not None:
+    if method.method is not None:
         quantized = copy.deepcopy(subject.model)
-        quant_type, double_quant = method.low_bit
-        options: dict[str, Any] = {"quant_type": quant_type, "double_quant": double_quant}
-        report = quantize_model(quantized, "nf4", skip=subject.skip, progress=False, **options)
-    elif method.config is not None:
-        quantized = copy.deepcopy(subject.model)
+        known = find_method(method.method)[0].setting_names()
         calibration = spread_list(subject.calibration, method.samples) if method.samples else None
-        report = quantize_model(
-            quantized,
-            "spqr",
-            skip=subject.skip,
-            config=method.config,
-            calibration=calibration,
-            samples=_ALL if calibration else None,
-            simulate=simulate,
-            progress=False,
-        )
+        options: dict[str, Any] = {**method.settings, "samples": _ALL if calibration else None, "simulate": simulate}
+        options = {name: value for name, value in options.items() if name in known}
+        common: dict[str, Any] = {"skip": subject.skip, "calibration": calibration, "progress": False}
+        report = quantize_model(quantized, method.method, **common, **options)
     seconds = time.perf_counter() - begin
     divergence, perplexity = subject.judge(quantized)
     decode, decode_fp32 = _decode(subject, quantized)
@@ -257,8 +255,7 @@ def spread_list(batches: Sequence[Any], count: int) -> list[Any]:
 
 def _decode(subject: Subject, quantized: Any) -> tuple[float | None, float | None]:
     """Tokens per second of the packed model and, in turns with it, of the unquantized one."""
-    packed = (octavo.nn.SpQRLinear, octavo.nn.NF4Linear)
-    if subject.prompt is None or not any(isinstance(m, packed) for m in quantized.modules()):
+    if subject.prompt is None or not any(isinstance(m, LowBitLinear) for m in quantized.modules()):
         return None, None
     this, exact = evaluate.speed([quantized, subject.model], subject.prompt, steps=17, rounds=3)
     return this.decode, exact.decode
@@ -301,11 +298,10 @@ def run(console: Console, given: argparse.Namespace, wanted: Sequence[Method]) -
         "passages": f"{8 * given.windows} x {PASSAGE} tokens of {given.text.name} from token {given.skip_tokens}, "
         f"evenly spread; calibrated on as many tokens of {given.calibration.name} in such passages",
         "seed": given.seed,
-        "methods": {f"{m.name}, {m.samples}": m.config.to_dict() for m in wanted if m.config is not None},
+        "methods": {f"{m.name}, {m.samples}": _described(m) for m in wanted if m.method is not None},
         "models": {},
         "rows": [],
     }
-    record["methods"] = {name: _jsonable(config) for name, config in record["methods"].items()}
     path = None
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
@@ -320,8 +316,9 @@ def run(console: Console, given: argparse.Namespace, wanted: Sequence[Method]) -
     return record
 
 
-def _jsonable(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: "inf" if value == math.inf else value for key, value in config.items()}
+def _described(method: Method) -> dict[str, Any]:
+    found, given = find_method(str(method.method), method.settings)
+    return {key: "inf" if value == math.inf else value for key, value in found.settings(given).to_dict().items()}
 
 
 def _each(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from octavo import spqr_linear
+from octavo.ops import spqr_linear
 from octavo.spqr import SpQRConfig, SpQRWeight, packing, quantize_weight
 from rich.console import Console
 from torch import Tensor

@@ -48,8 +48,8 @@ def torch_columns(
     zero_bits: int = 0,
     leave_one_out: bool = True,
 ) -> Parts:
-    """`octavo.spqr_quantize_columns` as one would write it in PyTorch: whole columns at a time, all refits of a group
-    in one batch, the second level over all tiles at once."""
+    """`octavo.ops.spqr_quantize_columns` as one would write it in PyTorch: whole columns at a time, all refits of a
+    group in one batch, the second level over all tiles at once."""
     n, k = weight.shape
     most, w = float((1 << bits) - 1), weight.clone()
     codes, residual = torch.empty(n, k, dtype=torch.uint8), torch.zeros(n, k, dtype=torch.float16)

@@ -27,7 +27,7 @@ def missing(backend: str) -> str | None:
     """Why this machine cannot run a backend; None when it can."""
     kind, _, detail = backend.partition("-")
     if kind == "cuda":
-        if not octavo.cuda_built():
+        if not octavo.core.checks.cuda_built():
             return "octavo was built without CUDA"
         return None if torch.cuda.is_available() else "no CUDA device"
     return f"this machine or build has no {detail}" if kind == "cpu" and detail not in _C.build_info()["isa"] else None

@@ -3,150 +3,103 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  loads the libraries that _C links to
 
-from . import _C, nn, optim, reference, spqr
+from . import _C as _C
+from . import nn, ops, optim
 from ._version import __version__
-from .adapters import (
-    Adapter,
-    add_lora,
-    delete_adapter,
-    list_adapters,
-    load_adapter,
-    remove_lora,
-    save_adapter,
-    set_adapter,
-)
-from .autograd import csr_matmul, int8_linear_train, int8_matmul, nf4_matmul, spqr_matmul
-from .autograd_switchback import QuantizedWeight, fp8_linear, quantize_weight, switchback_linear
-from .convert import Conversion, convert_linears, prepare_for_eval
-from .merging import MergeReport, merge_adapter, unmerge_adapter
-from .nf4 import NF4Weight, dequantize_4bit, quantize_4bit
-from .nn_switchback import quantize_once
-from .ops import (
-    csr_grad_values,
-    csr_matmul_add,
-    csr_matmul_transposed,
-    dequantize_blockwise,
-    dequantize_rowwise,
-    extract_columns,
-    extract_int8_columns,
-    find_outlier_columns,
-    int8_gemm,
-    int8_linear,
-    int8_mm,
-    nf4_dequantize,
-    nf4_linear,
-    nf4_linear_transposed,
-    nf4_quantize,
-    optim_step,
-    optim_sums,
-    optim_table,
-    quantize_blockwise,
-    quantize_columnwise,
-    quantize_columnwise_transpose,
-    quantize_rowwise,
-    quantize_rowwise_columnwise,
-    quantize_rowwise_columnwise_transpose,
-    quantize_tensorwise,
-    quantize_tensorwise_transpose,
-    spqr_dequantize,
-    spqr_linear,
-    spqr_quantize_columns,
-)
-from .quantize import Report, quantize_model
-from .serialization import load_quantized, save_quantized
-from .sparse import csr_to_dense, dense_to_csr, validate_csr
+from .blockwise import dequantize_blockwise, quantize_blockwise
+from .int8 import int8_matmul
+from .lora import add_lora, load_adapter, merge_adapter, remove_lora, save_adapter, set_adapter, unmerge_adapter
+from .models import load_quantized, quantize_model, save_quantized
+from .nf4 import dequantize_4bit, nf4_matmul, quantize_4bit
+from .ops import dequantize_rowwise, quantize_rowwise
+from .sparse import csr_matmul
+from .spqr import spqr_matmul
+from .switchback import convert_linears, prepare_for_eval, switchback_linear
 
 if TYPE_CHECKING:
     from .integrations.transformers import OctavoConfig
 
 __all__ = [
-    "Adapter",
-    "Conversion",
-    "MergeReport",
-    "NF4Weight",
     "OctavoConfig",
-    "QuantizedWeight",
-    "Report",
     "__version__",
     "add_lora",
     "convert_linears",
-    "csr_grad_values",
     "csr_matmul",
-    "csr_matmul_add",
-    "csr_matmul_transposed",
-    "csr_to_dense",
-    "cuda_built",
-    "delete_adapter",
-    "dense_to_csr",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_rowwise",
-    "extract_columns",
-    "extract_int8_columns",
-    "find_outlier_columns",
-    "fp8_linear",
-    "int8_gemm",
-    "int8_linear",
-    "int8_linear_train",
     "int8_matmul",
-    "int8_mm",
-    "list_adapters",
     "load_adapter",
     "load_quantized",
     "merge_adapter",
-    "nf4_dequantize",
-    "nf4_linear",
-    "nf4_linear_transposed",
     "nf4_matmul",
-    "nf4_quantize",
     "nn",
+    "ops",
     "optim",
-    "optim_step",
-    "optim_sums",
-    "optim_table",
     "prepare_for_eval",
     "quantize_4bit",
     "quantize_blockwise",
-    "quantize_columnwise",
-    "quantize_columnwise_transpose",
     "quantize_model",
-    "quantize_once",
     "quantize_rowwise",
-    "quantize_rowwise_columnwise",
-    "quantize_rowwise_columnwise_transpose",
-    "quantize_tensorwise",
-    "quantize_tensorwise_transpose",
-    "quantize_weight",
-    "reference",
     "remove_lora",
     "save_adapter",
     "save_quantized",
     "set_adapter",
-    "spqr",
-    "spqr_dequantize",
-    "spqr_linear",
     "spqr_matmul",
-    "spqr_quantize_columns",
     "switchback_linear",
     "unmerge_adapter",
-    "validate_csr",
 ]
 
-
-def cuda_built() -> bool:
-    """Whether this build has the CUDA kernels."""
-    return bool(_C.build_info()["cuda"])
+# Modules that are imported by their first use: the first, because it imports transformers only then.
+_LAZY = ("integrations", "reference")
+# Names that were here, and where they are now.
+_MOVED = {
+    "Adapter": "octavo.lora.Adapter",
+    "Conversion": "octavo.switchback.Conversion",
+    "MergeReport": "octavo.lora.MergeReport",
+    "NF4Weight": "octavo.nf4.NF4Weight",
+    "QuantizedWeight": "octavo.switchback.QuantizedWeight",
+    "Report": "octavo.core.report.Report",
+    "csr_to_dense": "octavo.sparse.csr_to_dense",
+    "cuda_built": "octavo.core.checks.cuda_built",
+    "delete_adapter": "octavo.lora.delete_adapter",
+    "dense_to_csr": "octavo.sparse.dense_to_csr",
+    "fp8_linear": "octavo.switchback.fp8_linear",
+    "int8_linear_train": "octavo.int8.int8_linear_train",
+    "list_adapters": "octavo.lora.list_adapters",
+    "quantize_once": "octavo.switchback.quantize_once",
+    "quantize_weight": "octavo.switchback.switchback_weight",
+    "validate_csr": "octavo.sparse.validate_csr",
+    **{
+        name: f"octavo.ops.{name}"
+        for name in (
+            *("csr_grad_values", "csr_matmul_add", "csr_matmul_transposed", "extract_columns", "extract_int8_columns"),
+            *("find_outlier_columns", "int8_gemm", "int8_linear", "int8_mm", "nf4_dequantize", "nf4_linear"),
+            *("nf4_linear_transposed", "nf4_quantize", "optim_step", "optim_sums", "optim_table"),
+            *("quantize_columnwise", "quantize_columnwise_transpose", "quantize_rowwise_columnwise"),
+            *("quantize_rowwise_columnwise_transpose", "quantize_tensorwise", "quantize_tensorwise_transpose"),
+            *("spqr_dequantize", "spqr_linear", "spqr_quantize_columns"),
+        )
+    },
+}
 
 
 def __getattr__(name: str) -> Any:
     if name == "OctavoConfig":  # importing it imports transformers and registers the quantizer there
-        from .integrations.transformers import OctavoConfig
-
-        return OctavoConfig
-    if name == "integrations":  # which imports its modules when they are asked for
-        return importlib.import_module(".integrations", __name__)
+        return importlib.import_module(".integrations.transformers", __name__).OctavoConfig
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    if name in _MOVED:
+        module, _, leaf = _MOVED[name].rpartition(".")
+        warnings.warn(f"octavo.{name} is {_MOVED[name]} now", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(module), leaf)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY})

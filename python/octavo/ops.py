@@ -1,8 +1,8 @@
-"""The operators: one thin function per op, its fake (shape inference for torch.compile) right below it.
+"""The operators: one thin function per op, and its fake (shape inference for torch.compile).
 
-Everywhere ``value = code * scale`` with ``scale = absmax / 127`` in fp32. Activations are fp32, fp16 or bf16 and are
-read in their own dtype. Any leading dimensions; every GEMM is ``a[m, k] x b[n, k]``. The operators are not
-differentiable; :mod:`octavo.autograd` composes them into functions that are.
+Everywhere in int8 ``value = code * scale`` with ``scale = absmax / 127`` in fp32. Activations are fp32, fp16 or bf16
+and are read in their own dtype. Any leading dimensions; every GEMM is ``a[m, k] x b[n, k]``. The operators are not
+differentiable; the families' functions (`octavo.int8_matmul` and its siblings) compose them into ones that are.
 
 Rows with special values, the same on every backend: a zero row, or one whose absmax is below 2**-120, has codes 0 and
 scale 0. A row with a NaN (or an Inf that is not an outlier) has codes 0 and scale NaN, so that everything computed
@@ -11,364 +11,34 @@ from it is NaN; no other row is touched.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from . import _C  # noqa: F401  registers the operators
-from ._fakes import check_devices as _check_devices
-from ._fakes import fake as _fake
-from ._fakes import register_fakes as register_fakes
-from .ops_nf4 import nf4_dequantize as nf4_dequantize
-from .ops_nf4 import nf4_linear as nf4_linear
-from .ops_nf4 import nf4_linear_transposed as nf4_linear_transposed
-from .ops_nf4 import nf4_quantize as nf4_quantize
-from .ops_optim import optim_step as optim_step
-from .ops_optim import optim_sums as optim_sums
-from .ops_optim import optim_table as optim_table
-from .ops_sparse import csr_grad_values as csr_grad_values
-from .ops_sparse import csr_matmul as csr_matmul
-from .ops_sparse import csr_matmul_add as csr_matmul_add
-from .ops_sparse import csr_matmul_transposed as csr_matmul_transposed
-from .ops_spqr import spqr_dequantize as spqr_dequantize
-from .ops_spqr import spqr_linear as spqr_linear
-from .ops_spqr import spqr_quantize_columns as spqr_quantize_columns
-from .ops_transpose import quantize_columnwise_transpose as quantize_columnwise_transpose
-from .ops_transpose import quantize_rowwise_columnwise_transpose as quantize_rowwise_columnwise_transpose
-from .ops_transpose import quantize_tensorwise_transpose as quantize_tensorwise_transpose
-
-# ---- quantization --------------------------------------------------------------------------------------------------
-
-
-def quantize_rowwise(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Quantize each row to int8 by its own absmax (LLM.int8(), arXiv 2208.07339, section 2 "vector-wise").
-
-    ``scale[i] = max_j |x[i, j]| / 127``, ``codes[i, j] = clamp(round_half_even(x[i, j] / scale[i]), -127, 127)``,
-    in one pass over memory. With ``threshold > 0``, elements with ``|x| >= threshold`` are left out of the absmax and
-    coded 0 (Inf counts as such an element, NaN does not).
-
-    Args:
-        x: [..., k], fp32, fp16 or bf16.
-        threshold: 0 (none) or positive.
-
-    Returns:
-        codes int8 [..., k] and scale fp32 [...].
-
-    Raises:
-        RuntimeError: wrong dtype, a 0-dimensional x, negative or NaN threshold.
-    """
-    return torch.ops.octavo.quantize_rowwise(x, threshold)
-
-
-@_fake("quantize_rowwise")
-def _(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-def dequantize_rowwise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``codes * scale[..., None]``, computed in fp32 and rounded once to `dtype`.
-
-    Args:
-        codes: int8 [..., k].
-        scale: fp32 [...].
-        dtype: of the result: fp32, fp16 or bf16.
-    """
-    return torch.ops.octavo.dequantize_rowwise(codes, scale, dtype)
-
-
-@_fake("dequantize_rowwise")
-def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_devices("dequantize_rowwise", codes, scale)
-    return codes.new_empty(codes.shape, dtype=dtype)
-
-
-def quantize_columnwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each column to int8 by its own absmax over all rows (and leading dimensions).
-
-    Returns codes int8 [..., k] and scale fp32 [k], with ``x ~ codes * scale``. Special values as for rows.
-    """
-    return torch.ops.octavo.quantize_columnwise(x)
-
-
-@_fake("quantize_columnwise")
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[-1:], dtype=torch.float32)
-
-
-def quantize_tensorwise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a tensor to int8 by one absmax.
-
-    Returns codes int8 of x's shape and scale fp32 [] (0-dimensional). Special values as for rows: one NaN or Inf
-    makes the whole tensor codes 0 and scale NaN.
-    """
-    return torch.ops.octavo.quantize_tensorwise(x)
-
-
-@_fake("quantize_tensorwise")
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((), dtype=torch.float32)
-
-
-def quantize_rowwise_columnwise(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_rowwise` and `quantize_columnwise` together, for training, where both products of x are needed.
-
-    One read of x gives the row codes and both absmax; the column codes, which must wait for the last row, take a
-    second one.
-
-    Returns row codes int8 [..., k], row scale fp32 [...], column codes int8 [..., k], column scale fp32 [k].
-    """
-    return torch.ops.octavo.quantize_rowwise_columnwise(x)
-
-
-@_fake("quantize_rowwise_columnwise")
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def codes() -> Tensor:
-        return x.new_empty(x.shape, dtype=torch.int8)
-
-    row_scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return codes(), row_scale, codes(), x.new_empty(x.shape[-1:], dtype=torch.float32)
-
-
-# ---- outlier columns -----------------------------------------------------------------------------------------------
-
-
-def find_outlier_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The columns that hold any ``|x| >= threshold`` (LLM.int8(), arXiv 2208.07339, section 3).
-
-    Shapes do not depend on the data and the count stays on the device: no host synchronisation, capturable in a CUDA
-    graph. NaN is not an outlier, Inf is.
-
-    Args:
-        x: [..., k], fp32, fp16 or bf16.
-        threshold: positive.
-
-    Returns:
-        columns int32 [k], ascending ids followed by -1, and count int32 [1].
-    """
-    return torch.ops.octavo.find_outlier_columns(x, threshold)
-
-
-@_fake("find_outlier_columns")
-def _(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[-1:], dtype=torch.int32), x.new_empty((1,), dtype=torch.int32)
-
-
-def extract_columns(x: Tensor, columns: Tensor, count: Tensor) -> Tensor:
-    """``x[..., columns]`` for the first `count` ids; the rest, and ids outside [0, k), give zeros.
-
-    Pass ``columns[:capacity]`` for a narrower result than all k columns.
-
-    Args:
-        x: [..., k], fp32, fp16 or bf16.
-        columns: int32 [capacity].
-        count: int32 [1].
-
-    Returns:
-        [..., capacity], x's dtype.
-    """
-    return torch.ops.octavo.extract_columns(x, columns, count)
-
-
-@_fake("extract_columns")
-def _(x: Tensor, columns: Tensor, count: Tensor) -> Tensor:
-    _check_devices("extract_columns", x, columns, count)
-    return x.new_empty((*x.shape[:-1], columns.shape[0]))
-
-
-def extract_int8_columns(
-    weight: Tensor, weight_scale: Tensor, columns: Tensor, count: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """`extract_columns` of ``weight * weight_scale[:, None]``, for int8 codes.
-
-    Args:
-        weight: int8 [n, k].
-        weight_scale: fp32 [n].
-        columns: int32 [capacity].
-        count: int32 [1].
-        dtype: of the result: fp32, fp16 or bf16.
-
-    Returns:
-        [n, capacity].
-    """
-    return torch.ops.octavo.extract_int8_columns(weight, weight_scale, columns, count, dtype)
-
-
-@_fake("extract_int8_columns")
-def _(weight: Tensor, weight_scale: Tensor, columns: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_devices("extract_int8_columns", weight, weight_scale, columns, count)
-    return weight.new_empty((weight.shape[0], columns.shape[0]), dtype=dtype)
-
-
-# ---- products ------------------------------------------------------------------------------------------------------
-
-
-def int8_mm(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` of int8 codes, exact in int32.
-
-    Args:
-        a: int8 [..., k], k at most 131071 (beyond it a sum could leave int32).
-        b: int8 [n, k].
-
-    Returns:
-        int32 [..., n].
-    """
-    return torch.ops.octavo.int8_mm(a, b)
-
-
-@_fake("int8_mm")
-def _(a: Tensor, b: Tensor) -> Tensor:
-    _check_devices("int8_mm", a, b)
-    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=torch.int32)
-
-
-def int8_gemm(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """``(a @ b.T) * a_scale[..., None] * b_scale + bias``, the sum exact in int32, the rest in fp32 in the epilogue.
-
-    Args:
-        a: int8 [..., k], k at most 131071.
-        b: int8 [n, k].
-        a_scale: fp32 [...] (one per row of a) or one element.
-        b_scale: fp32 [n] or one element.
-        bias: [n], fp32, fp16 or bf16.
-        out_dtype: fp32, fp16 or bf16.
-
-    Returns:
-        [..., n] in `out_dtype`; no int32 buffer is ever in memory.
-    """
-    return torch.ops.octavo.int8_gemm(a, b, a_scale, b_scale, bias, out_dtype)
-
-
-@_fake("int8_gemm")
-def _(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    _check_devices("int8_gemm", a, b, a_scale, b_scale, bias)
-    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out_dtype)
-
-
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    threshold: float = 0.0,
-    outlier_slot: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-) -> Tensor:
-    """The LLM.int8() product (arXiv 2208.07339, section 3): int8 for most columns, 16 bit for the outlier columns.
-
-    With O the columns of x where any ``|x| >= threshold``, and ``codes, scale = quantize_rowwise(x[:, ~O])``::
-
-        y = (codes @ weight[:, ~O].T) * scale[:, None] * weight_scale
-          + x[:, O] @ (weight[:, O] * weight_scale[:, None]).T + bias
-
-    The outlier part is accumulated in fp32, in the same kernel as the int8 part, which reads the number of outlier
-    columns on the device: no host synchronisation and no shape that depends on the data. Products of outliers with int8
-    codes are added before `weight_scale` enters: in range for |x| up to about 1e33.
-
-    Args:
-        x: [..., k], fp32, fp16 or bf16; k at most 131071.
-        weight: int8 [n, k].
-        weight_scale: fp32 [n].
-        bias: [n], fp32, fp16 or bf16.
-        threshold: 0 (every column in int8) or positive; 6.0 in the paper.
-        outlier_slot: int32 [k]: for columns whose unquantized weight was kept, the row of `outlier_weight`; else -1.
-        outlier_weight: [slots, n], fp32, fp16 or bf16: used instead of the int8 codes where such a column is in O.
-
-    Returns:
-        [..., n], x's dtype.
-
-    Raises:
-        RuntimeError: mismatched shapes, dtypes or devices, negative or NaN threshold, k too large.
-    """
-    return torch.ops.octavo.int8_linear(x, weight, weight_scale, bias, threshold, outlier_slot, outlier_weight)
-
-
-@_fake("int8_linear")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    threshold: float = 0.0,
-    outlier_slot: Tensor | None = None,
-    outlier_weight: Tensor | None = None,
-) -> Tensor:
-    _check_devices("int8_linear", x, weight, weight_scale, bias, outlier_slot, outlier_weight)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-# ---- 8-bit blocks --------------------------------------------------------------------------------------------------
-
-
-def quantize_blockwise(
-    x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Quantize blocks of consecutive elements to 8 bits, each by its own absmax (arXiv 2110.02861, section 2).
-
-    With block b the elements ``[b * blocksize, (b + 1) * blocksize)`` of the flattened x (the last may be shorter)::
-
-        absmax[b] = max |x[i]|  over the finite elements of the block
-        codes[i] = the code whose value is nearest to x[i] * (1 / absmax[b]), in fp32; of two, the lower
-
-    The codes are those of the dynamic map of section 2.1, `octavo.reference.dynamic_map`: seven decades of equal
-    cells, signed with 127 as the code of 0, unsigned with 0. NaN has the code of 0, +-Inf the outermost code of its
-    sign; neither changes the rest of its block. A block whose absmax is below 2**-126 is all the code of 0, its absmax
-    stored as 0.
-
-    Args:
-        x: any shape, fp32, fp16 or bf16.
-        blocksize: a power of two from 64 to 4096.
-        signed: which dynamic map.
-        code: fp32 [256], finite and ascending: a code book to use instead; its value nearest to 0 then stands for 0.
-
-    Returns:
-        codes uint8 of x's shape and absmax fp32 [ceil(numel / blocksize)].
-
-    Raises:
-        RuntimeError: wrong dtype, device or blocksize, a code book of another shape or (on the CPU) order.
-    """
-    return torch.ops.octavo.quantize_blockwise(x, blocksize, signed, code)
-
-
-@_fake("quantize_blockwise")
-def _(x: Tensor, blocksize: int = 256, signed: bool = True, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    _check_devices("quantize_blockwise", x, code)
-    blocks = (x.numel() + blocksize - 1) // blocksize
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((blocks,), dtype=torch.float32)
-
-
-def dequantize_blockwise(
-    codes: Tensor,
-    absmax: Tensor,
-    dtype: torch.dtype = torch.float32,
-    blocksize: int = 256,
-    signed: bool = True,
-    code: Tensor | None = None,
-) -> Tensor:
-    """``value[codes[i]] * absmax[i // blocksize]``, computed in fp32 and rounded once to `dtype`.
-
-    Args:
-        codes: uint8, any shape.
-        absmax: fp32 [ceil(numel / blocksize)].
-        dtype: of the result: fp32, fp16 or bf16.
-        blocksize, signed, code: as for `quantize_blockwise`.
-    """
-    return torch.ops.octavo.dequantize_blockwise(codes, absmax, dtype, blocksize, signed, code)
-
-
-@_fake("dequantize_blockwise")
-def _(
-    codes: Tensor,
-    absmax: Tensor,
-    dtype: torch.dtype,
-    blocksize: int = 256,
-    signed: bool = True,
-    code: Tensor | None = None,
-) -> Tensor:
-    _check_devices("dequantize_blockwise", codes, absmax, code)
-    return codes.new_empty(codes.shape, dtype=dtype)
+from .blockwise.ops import dequantize_blockwise as dequantize_blockwise
+from .blockwise.ops import quantize_blockwise as quantize_blockwise
+from .core.fakes import register_fakes as register_fakes
+from .int8.ops import dequantize_rowwise as dequantize_rowwise
+from .int8.ops import extract_columns as extract_columns
+from .int8.ops import extract_int8_columns as extract_int8_columns
+from .int8.ops import find_outlier_columns as find_outlier_columns
+from .int8.ops import int8_gemm as int8_gemm
+from .int8.ops import int8_linear as int8_linear
+from .int8.ops import int8_mm as int8_mm
+from .int8.ops import quantize_columnwise as quantize_columnwise
+from .int8.ops import quantize_rowwise as quantize_rowwise
+from .int8.ops import quantize_rowwise_columnwise as quantize_rowwise_columnwise
+from .int8.ops import quantize_tensorwise as quantize_tensorwise
+from .int8.ops_transpose import quantize_columnwise_transpose as quantize_columnwise_transpose
+from .int8.ops_transpose import quantize_rowwise_columnwise_transpose as quantize_rowwise_columnwise_transpose
+from .int8.ops_transpose import quantize_tensorwise_transpose as quantize_tensorwise_transpose
+from .nf4.ops import nf4_dequantize as nf4_dequantize
+from .nf4.ops import nf4_linear as nf4_linear
+from .nf4.ops import nf4_linear_transposed as nf4_linear_transposed
+from .nf4.ops import nf4_quantize as nf4_quantize
+from .optim.ops import optim_step as optim_step
+from .optim.ops import optim_sums as optim_sums
+from .optim.ops import optim_table as optim_table
+from .sparse.ops import csr_grad_values as csr_grad_values
+from .sparse.ops import csr_matmul as csr_matmul
+from .sparse.ops import csr_matmul_add as csr_matmul_add
+from .sparse.ops import csr_matmul_transposed as csr_matmul_transposed
+from .spqr.ops import spqr_dequantize as spqr_dequantize
+from .spqr.ops import spqr_linear as spqr_linear
+from .spqr.ops import spqr_quantize_columns as spqr_quantize_columns

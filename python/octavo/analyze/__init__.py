@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from .. import evaluate, models
+from .. import models
 from .._version import __version__
+from ..models import evaluate
 from . import activations, plots, weights
 from .sites import find_sites
 from .weights import Settings

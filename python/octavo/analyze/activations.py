@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import evaluate
+from ..models import evaluate
 from .sites import Site, watching
 
 LAYERS = 0.25  # of the layers, and

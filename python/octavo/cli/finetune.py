@@ -17,7 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .app import _SOURCE_HELP, Threads, _console, _one_line_errors, app
+from ..core.method import UNQUANTIZED, is_unquantized
+from .app import app
+from .options import Calibration, method_option, method_options, options_of
+from .shared import SOURCE_HELP, Threads, console, one_line_errors
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@method_options(without=("context", "samples", "resume"), training=True)
 def finetune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=_SOURCE_HELP)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=SOURCE_HELP)],
     text: Annotated[
         Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8; its end is held out.")
     ],
@@ -37,17 +41,8 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in DIR, if there is one: with the same options.")
     ] = False,
-    method: Annotated[
-        str, typer.Option(help="The base in nf4 or fp4 (4 bits), int8, or 16bit: LoRA without quantization.")
-    ] = "nf4",
-    double_quant: Annotated[
-        bool | None,
-        typer.Option(
-            "--double-quant/--no-double-quant",
-            show_default="on",
-            help="nf4, fp4: the scales in 8 bits, too: 4.127 bits a weight, not 4.5.",
-        ),
-    ] = None,
+    method: method_option("The base's.", unquantized=True) = "nf4",  # type: ignore[valid-type]
+    calibration: Calibration = None,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="What adapters add is scaled by alpha / rank.")] = 16.0,
     dropout: Annotated[float, typer.Option(help="Of the adapters' inputs, in training.")] = 0.05,
@@ -96,6 +91,7 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of the adapters, the order of windows and dropout.")] = 0,
     device: Annotated[str | None, typer.Option(show_default="cuda, or else cpu", help="cpu or cuda.")] = None,
     threads: Threads = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Fine-tune MODEL on a text by QLoRA (arXiv 2305.14314): the base in 4 bits, LoRA adapters on all linear layers.
 
@@ -113,10 +109,11 @@ def finetune(
     from ..finetune import Settings
     from ..finetune import finetune as run
 
-    with _one_line_errors():
-        settings = Settings(
-            method=method,
-            double_quant=double_quant,
+    with one_line_errors():
+        recipe = Settings(
+            method=str(method),
+            quantization=settings or {},
+            calibration=None if calibration is None else str(calibration),
             rank=rank,
             alpha=alpha,
             dropout=dropout,
@@ -143,15 +140,15 @@ def finetune(
             device=device,
         )
         signals = _Signals()
-        with signals.installed(), _progress(_console(stderr=True), signals) as watcher:
-            result = run(model, text, out, settings, resume=resume, watcher=watcher, stop=signals.received)
-    _print(_console(), result)
+        with signals.installed(), _progress(console(stderr=True), signals) as watcher:
+            result = run(model, text, out, recipe, resume=resume, watcher=watcher, stop=signals.received)
+    _print(console(), result)
     if result.adapter is not None:
-        command = shlex.join(generate_command(model, result.adapter, settings))
-        _console().print(f"to try it: {command}", soft_wrap=True, markup=False, highlight=False)
+        command = shlex.join(generate_command(model, result.adapter, recipe))
+        console().print(f"to try it: {command}", soft_wrap=True, markup=False, highlight=False)
     if not result.finished:
         assert signals.number is not None
-        _console(stderr=True).print(
+        console(stderr=True).print(
             f"stopped by {signal.Signals(signals.number).name} after step {result.steps} of {result.total}; a "
             f"checkpoint is in {escape(str(out))}. To go on: the same command with --resume",
             soft_wrap=True,
@@ -161,11 +158,11 @@ def finetune(
 
 def generate_command(model: str, adapter: Path, settings: Settings) -> list[str]:
     """The command that loads the base as it was trained on, with this adapter."""
-    method = "none" if settings.method == "16bit" else settings.method
+    method = UNQUANTIZED[0] if is_unquantized(settings.method) else settings.method
     words = ["octavo", "generate", model, "--adapter", str(adapter), "--method", method, "--dtype", settings.dtype]
-    if method in ("nf4", "fp4"):
-        words.append("--double-quant" if settings.doubly_quantized else "--no-double-quant")
-    return words
+    if settings.base is not None:
+        words += options_of(method, settings.base[1])
+    return words if settings.calibration is None else [*words, "--calibration", settings.calibration]
 
 
 class _Signals:

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from .app import _DTYPES, _SOURCE_HELP, Threads, _console, _known_dtype, _one_line_errors, app
+from .. import models
+from ..core.method import UNQUANTIZED, method_of_description
+from ..lora import adapters
+from ..lora.linear import check_adapter_name
+from ..lora.peft_format import FILES, read_config, read_quantization
+from .app import app
+from .options import Calibration, check_settings, method_option, method_options
+from .shared import DTYPES, SOURCE_HELP, Threads, console, known_dtype, one_line_errors
 
 _BARE = "none"  # the adapter that is none: the base alone
-_METHODS = ("none", "int8", "nf4", "fp4")
-_4BIT = ("nf4", "fp4")
-_DOUBLE = " double_quant"  # as octavo.adapters.base_quantization has it
-
-
-def _known_method(name: str | None) -> str | None:
-    if name is not None and name not in _METHODS:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(_METHODS)}")
-    return name
 
 
 @app.command()
+@method_options(without=("context", "samples", "resume"), training=True, method_from_adapter=True)
 def generate(
-    base: Annotated[str, typer.Argument(metavar="BASE", show_default=False, help=_SOURCE_HELP)],
+    base: Annotated[str, typer.Argument(metavar="BASE", show_default=False, help=SOURCE_HELP)],
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,22 +41,10 @@ def generate(
         typer.Option(show_default="read from standard input, line by line on a terminal", help="What to continue."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 200,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            callback=_known_method,
-            show_default="what the adapter was trained on, or else none",
-            help="Quantize BASE while loading: int8, nf4, fp4. none: as it is stored.",
-        ),
-    ] = None,
-    double_quant: Annotated[
-        bool | None,
-        typer.Option(
-            "--double-quant/--no-double-quant",
-            show_default="on",
-            help="nf4, fp4: the scales in 8 bits, too, as octavo finetune has them.",
-        ),
-    ] = None,
+    method: method_option(  # type: ignore[valid-type]
+        "Quantize BASE while loading.", unquantized=True, shown="what the adapter was trained on, or else none"
+    ) = None,
+    calibration: Calibration = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the model's chat template.")
     ] = False,
@@ -67,9 +54,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
     dtype: Annotated[
         str,
-        typer.Option(callback=_known_dtype, help="auto (as stored), fp32, bf16 or fp16, of what is not quantized."),
+        typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16, of what is not quantized."),
     ] = "auto",
     threads: Threads = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Let BASE answer, with one or several LoRA adapters on it.
 
@@ -83,12 +71,12 @@ def generate(
     octavo generate smollm2 --chat
     ```
     """
-    with _one_line_errors():
+    with one_line_errors():
         wanted = _parse(adapter or ())
-        if double_quant is not None and method not in (None, *_4BIT):
-            raise ValueError(f"--double-quant is of methods nf4 and fp4, not of {method}")
         _check_files(wanted)  # before the base, which takes long to load
-        session = _Session(base, method, _DTYPES[dtype], wanted, chat, max_tokens, temperature, seed, double_quant)
+        session = _Session(
+            base, method, DTYPES[dtype], wanted, chat, max_tokens, temperature, seed, settings or {}, calibration
+        )
         if prompt is None and sys.stdin.isatty():
             session.converse()
             return
@@ -97,7 +85,7 @@ def generate(
             raise ValueError("the prompt is empty: give --prompt, or text on standard input")
         for name in session.names:
             if len(session.names) > 1:
-                _console().print(f"[bold]{escape(name)}[/bold]")
+                console().print(f"[bold]{escape(name)}[/bold]")
             session.answer(text, name)
 
 
@@ -125,9 +113,6 @@ def _parse(entries: Sequence[str]) -> dict[str, Path | None]:
 
 def _directory(place: str) -> Path:
     """A path wins; OWNER/NAME is taken from the hub's cache, or downloaded into it."""
-    from .. import models
-    from .._peft_format import FILES
-
     owner, _, repository = place.partition("/")
     if Path(place).exists() or not owner.strip(".~") or not repository or "/" in repository:
         return Path(place)
@@ -141,9 +126,6 @@ def _directory(place: str) -> Path:
 
 
 def _check_files(wanted: dict[str, Path | None]) -> None:
-    from .._peft_format import read_config
-    from ..nn_lora import check_adapter_name
-
     for name, directory in wanted.items():
         if directory is not None:
             check_adapter_name(name)
@@ -163,12 +145,10 @@ class _Session:
         max_tokens: int,
         temperature: float,
         seed: int,
-        double_quant: bool | None = None,
+        settings: Mapping[str, Any] | None = None,
+        calibration: Path | None = None,
     ) -> None:
         import torch
-
-        from .. import adapters, models
-        from .._peft_format import read_quantization
 
         source = models.resolve(base)
         self.tokenizer = models.load_tokenizer(source)
@@ -177,12 +157,12 @@ class _Session:
             raise ValueError(f"--chat: the tokenizer of {base} has no chat template")
         trained_on = {name: read_quantization(path) for name, path in wanted.items() if path is not None}
         if method is None:
-            method, recorded = _method_of(next(iter(trained_on.values()), None), source)
-            if double_quant is None:
-                double_quant = recorded
-            elif method not in _4BIT:
-                raise ValueError("--double-quant is of methods nf4 and fp4: give --method nf4 or fp4")
-        self.model = load_base(source, method, None if dtype is None else getattr(torch, dtype), double_quant)
+            method, recorded = _method_of(next(iter(trained_on.values()), None), source, calibration)
+            settings = {**recorded, **(settings or {})}
+            check_settings(method, settings)
+        of_torch = None if dtype is None else getattr(torch, dtype)
+        how: dict[str, Any] = {"calibration": calibration, "tokenizer": self.tokenizer, **(settings or {})}
+        self.model = models.load_base(source, method, of_torch, **how)
         for name, directory in wanted.items():
             if directory is not None:
                 adapters.load_adapter(self.model, directory, name)
@@ -192,13 +172,11 @@ class _Session:
                         f"warning: adapter {name} was trained on a base whose quantization is {trained_on[name]}; here "
                         f"it is {base_now}: answers may be worse"
                     )
-                    _console(stderr=True).print(message, soft_wrap=True, markup=False, highlight=False)
+                    console(stderr=True).print(message, soft_wrap=True, markup=False, highlight=False)
         self.names = list(wanted) or [_BARE]
         self.switch(self.names[0])
 
     def switch(self, name: str) -> None:
-        from .. import adapters
-
         known = adapters.list_adapters(self.model)
         if name != _BARE and name not in known:
             raise ValueError(f"there is no adapter {name}; known: {', '.join((*known, _BARE))}")
@@ -234,7 +212,7 @@ class _Session:
 
     def converse(self) -> None:
         """Prompts from a terminal, until its end."""
-        _console(stderr=True).print(f"adapters: {', '.join(self.names)}; /adapter NAME switches, /quit ends")
+        console(stderr=True).print(f"adapters: {', '.join(self.names)}; /adapter NAME switches, /quit ends")
         while True:
             try:
                 line = input(f"{self.active}> ").strip()
@@ -249,49 +227,15 @@ class _Session:
                 elif line:
                     self.answer(line, self.active)
             except ValueError as error:
-                _console(stderr=True).print(escape(str(error)))
+                console(stderr=True).print(escape(str(error)))
 
 
-def _method_of(recorded: str | None, source: Any) -> tuple[str, bool | None]:
-    """Method and double_quant of a base that `octavo.adapters.base_quantization` describes; "none" for one that is
-    quantized already, or not by options of this command."""
-    if recorded is None or source.quantization is not None:
-        return "none", None
-    name = recorded.removesuffix(_DOUBLE)
-    if name in _4BIT:
-        return name, recorded != name
-    return (recorded if recorded in _METHODS else "none"), None
+def _method_of(recorded: str | None, source: Any, calibration: Path | None) -> tuple[str, dict[str, Any]]:
+    """Method and settings of a base that an adapter's file describes.
 
-
-def load_base(source: Any, method: str, dtype: Any = None, double_quant: bool | None = None) -> Any:
-    """The causal language model at `source` (`octavo.models.resolve`), quantized by `method` unless that is "none".
-
-    It is the base that `octavo.finetune` trains on, if `dtype` is the same. For int8, a transformers directory is
-    quantized tensor by tensor while it is read.
-
-    Args:
-        source: of the model.
-        method: "none", "int8", "nf4" or "fp4".
-        dtype: of what is not quantized; None for the one that it is stored in.
-        double_quant: of nf4 and fp4: quantize the scales, too; None: yes.
-
-    Raises:
-        ModelError: it cannot be read, or is quantized already and `method` is not "none".
+    It is "none" for a base that is quantized already, or whose method needs calibration data that was not given.
     """
-    from .. import models
-    from ..integrations.transformers import OctavoConfig
-    from ..quantize import quantize_model
-
-    if method == "none":
-        return models.load_model(source, dtype)
-    if source.quantization is not None:
-        made = f"{source.path} is quantized already ({source.quantization})"
-        raise models.ModelError(f"{made}; leave --method out, or give the model that it was made from")
-    if method == "int8" and source.kind == "transformers":
-        return models.load_model(source, dtype, OctavoConfig(method))
-    model = models.load_model(source, dtype)
-    if method in _4BIT:
-        quantize_model(model, "nf4", progress=False, quant_type=method, double_quant=double_quant is not False)
-    else:
-        quantize_model(model, method, progress=False)
-    return model
+    found = None if recorded is None or source.quantization is not None else method_of_description(recorded)
+    if found is None or (found[0].needs_calibration and calibration is None):
+        return UNQUANTIZED[0], {}
+    return found[0].name, found[1]

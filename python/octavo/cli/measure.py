@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,21 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import evaluate, models
+from .. import models
+from ..core.method import UNQUANTIZED
+from ..models import evaluate
 
 
 def measure(
-    console: Console, model: Path, text: Path, context: int, limit: int | None, dtype: str | None
+    console: Console,
+    model: Path,
+    text: Path,
+    context: int,
+    limit: int | None,
+    dtype: str | None,
+    method: str = UNQUANTIZED[0],
+    calibration: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything that `octavo eval` prints; progress goes to `console`.
 
@@ -23,7 +34,8 @@ def measure(
     source = models.find_source(model)
     tokenizer = models.load_tokenizer(source)
     ids = evaluate.windows(models.tokens_of(tokenizer, text), context, limit)
-    network = models.load_model(source, None if dtype is None else getattr(torch, dtype))
+    of_torch = None if dtype is None else getattr(torch, dtype)
+    network = models.load_base(source, method, of_torch, calibration=calibration, **(settings or {}))
     models.check_context(network, context, model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

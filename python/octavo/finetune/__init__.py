@@ -6,10 +6,9 @@ with 8-bit, paged states. `finetune` is what the command calls; `Settings` has t
 
 from .memory import MemoryRow, memory_table
 from .run import NonFiniteError, Result, Watcher, finetune
-from .settings import METHODS, OPTIMIZERS, Settings
+from .settings import OPTIMIZERS, Settings
 
 __all__ = [
-    "METHODS",
     "OPTIMIZERS",
     "MemoryRow",
     "NonFiniteError",

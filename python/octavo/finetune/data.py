@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import evaluate, models
+from .. import models
+from ..models import evaluate
 from .settings import MAX_STEPS, Settings
 
 
@@ -23,6 +24,7 @@ class Text:
         held_out: from its end.
         sha256: of all token ids.
         total: how many steps the settings ask for.
+        tokenizer: that made the ids.
     """
 
     def __init__(self, path: str | os.PathLike[str], tokenizer: Any, settings: Settings) -> None:
@@ -31,7 +33,7 @@ class Text:
         Raises:
             OSError, ValueError: it cannot be read, is not UTF-8, or is too short; the message says by how much.
         """
-        self.settings = settings
+        self.settings, self.tokenizer = settings, tokenizer
         ids = torch.tensor(models.tokens_of(tokenizer, Path(path)), dtype=torch.long)
         self.sha256 = hashlib.sha256(ids.numpy().data).hexdigest()
         self.largest = int(ids.max()) if len(ids) else 0

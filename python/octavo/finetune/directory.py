@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from .._peft_format import FILES
-from ..nn_lora import is_number
-from ..serialization import new_directory
+from ..core.checks import is_number
+from ..core.stored import new_directory
+from ..lora.peft_format import FILES
 
 FORMAT = 1
 MANIFEST, LOSSES, CURVE, ADAPTER = "finetune.json", "losses.jsonl", "losses.png", "adapter"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import evaluate
+from ..models import evaluate
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import NF4Linear
+from ..analyze.sites import find_sites
+from ..analyze.weights import hessians
 from .settings import Settings
 
 _TOKENS = 8192  # of the text to measure inputs on
@@ -27,11 +28,8 @@ def reconstruct(model: Any, windows: Tensor, settings: Settings) -> Start:
     Args:
         model: a causal language model.
         windows: of the text to train on [n, context]; about 8192 tokens of it are used, evenly spread.
-        settings: method "nf4" or "fp4", and what adapters are.
+        settings: the method, one whose adapters may begin so, and what adapters are.
     """
-    from ..analyze.sites import find_sites
-    from ..analyze.weights import hessians
-
     count = min(len(windows), max(1, _TOKENS // settings.context))
     windows = windows[torch.linspace(0, len(windows) - 1, count).round().long()]
     found: Start = {}
@@ -50,8 +48,10 @@ def start_of(linear: nn.Linear, factor: Tensor, settings: Settings) -> tuple[Ten
 
     Each of the r components has the same norm in A as in B: Adam moves both by as much.
     """
-    quantized = NF4Linear.from_linear(linear, settings.method, double_quant=settings.doubly_quantized)
-    lost = linear.weight.detach().float() - quantized.packed_weight.dequantize(torch.float32)
+    assert settings.base is not None
+    method, given = settings.base
+    quantized = method.quantize_linear(linear, method.settings(given)).dequantize(torch.float32)
+    lost = linear.weight.detach().float() - quantized.weight.detach()
     rank = min(settings.rank, *lost.shape)
     wider = min(rank + _OVERSAMPLING, *lost.shape)
     u, s, v = torch.svd_lowrank(lost @ factor, wider, _ITERATIONS)

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import evaluate, models
+from .. import models
 from .._version import __version__
-from ..adapters import add_lora, linear_layers, load_adapter, save_adapter
-from ..quantize import quantize_model
+from ..analyze.plots import need_matplotlib
+from ..core.low_bit import LowBitLinear
+from ..core.machine import describe_machine
+from ..lora.adapters import add_lora, linear_layers, load_adapter, save_adapter
+from ..models import evaluate
+from ..models.quantize import quantize_model
 from . import curve, memory, residual
 from .data import Text
 from .directory import ADAPTER, CURVE, Checkpoint, History, RunDirectory, open_run, replace
@@ -123,17 +127,13 @@ def finetune(
         OSError: a file or directory that cannot be read or written, too little space.
         NonFiniteError: a loss or gradient that is NaN or Inf. Checkpoints are kept.
     """
-    from ..analyze.plots import need_matplotlib
-
     settings, watcher = settings or Settings(), watcher or Watcher()
     settings.check()
     need_matplotlib()
     device = settings.chosen_device()
     with open_run(out, resume) as run:
         source = models.resolve(os.fspath(model))
-        if source.quantization is not None:
-            made = f"{source.path} is quantized already ({source.quantization})"
-            raise models.ModelError(f"{made}; give the model that it was made from")
+        models.check_unquantized(source)
         watcher.stage("reading the text")
         data = Text(text, models.load_tokenizer(source), settings)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -146,8 +146,6 @@ def finetune(
 
 
 def _versions(device: torch.device) -> dict[str, Any]:
-    from ..bench.common import describe_machine
-
     return {"octavo": __version__, "machine": describe_machine(str(device))}
 
 
@@ -181,8 +179,8 @@ class _Trainer:
             watcher.stage("measuring what quantization loses")
             torch.manual_seed(settings.seed)
             self.start = residual.reconstruct(self.model, data.train, settings)
-        watcher.stage(f"quantizing to {settings.method}" if settings.method != "16bit" else "preparing the model")
-        _quantize(self.model, settings)
+        watcher.stage("preparing the model" if settings.base is None else f"quantizing to {settings.method}")
+        _quantize(self.model, settings, data.tokenizer)
         self.mark = {"settings": settings.binding(), "model": _sha256(self.model), "data": data.sha256}
         self.history = History()
         self.peak: memory.Peak | None = None
@@ -359,9 +357,10 @@ class _Trainer:
 
     def _method(self) -> str:
         settings = self.settings
-        if settings.method == "16bit":
+        described = {layer.describe() for layer in self.model.modules() if isinstance(layer, LowBitLinear)}
+        if not described:
             return f"LoRA, {settings.dtype} base, {settings.optimizer}"
-        return f"QLoRA, {settings.method}{' double quant' if settings.doubly_quantized else ''}, {settings.optimizer}"
+        return f"QLoRA, {', '.join(sorted(described)).replace('_', ' ')}, {settings.optimizer}"
 
     def _result(self, adapter: Path | None) -> Result:
         steps = self.history.steps
@@ -381,12 +380,13 @@ class _Trainer:
         )
 
 
-def _quantize(model: nn.Module, settings: Settings) -> None:
-    if settings.method == "int8":
-        quantize_model(model, "int8", progress=False)
-    elif settings.method != "16bit":
-        how: dict[str, Any] = {"quant_type": settings.method, "double_quant": settings.doubly_quantized}
-        quantize_model(model, "nf4", progress=False, **how)
+def _quantize(model: nn.Module, settings: Settings, tokenizer: Any) -> None:
+    if settings.base is None:
+        return
+    method, given = settings.base
+    if settings.calibration is not None and "tokenizer" in method.setting_names():
+        given = {**given, "tokenizer": tokenizer}
+    quantize_model(model, method.name, calibration=settings.calibration, progress=False, **given)
 
 
 def _sha256(model: nn.Module) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import optim
-from ..nn_lora import LoRAConfig, is_number
+from ..core.checks import cuda_built, is_number
+from ..core.method import UNQUANTIZED, Method, find_method, is_unquantized, method_names, methods, unknown_method
+from ..lora.linear import LoRAConfig
 
-METHODS = ("nf4", "fp4", "int8", "16bit")
 _OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
     "paged_adamw8bit": optim.PagedAdamW8bit,
     "paged_adamw": optim.PagedAdamW,  # what the paper trained with: fp32 states
@@ -36,10 +37,13 @@ class Settings:
     """The recipe. Defaults are the paper's (appendix B), but for a rank of 16, batches of 4 and `init`.
 
     Attributes:
-        method: of the base: "nf4" or "fp4" (4 bits), "int8", or "16bit": LoRA without quantization.
-        double_quant: of nf4 and fp4: quantize the scales, too; None: yes, as in the paper.
+        method: of the base: "nf4" or "fp4" (4 bits), "int8", "spqr" and every other, or "16bit" (also "none"): LoRA
+            without quantization.
+        quantization: settings of the method. What is not given is what the method has for training: nf4 and fp4
+            quantize the scales, too (``double_quant``), as in the paper.
+        calibration: a text, for methods that need one.
         rank, alpha, dropout: of the adapters: see `octavo.add_lora`.
-        init: what adapters begin with: "zero", as in the paper: they change nothing; of nf4 and fp4 also "residual":
+        init: what adapters begin with: "zero", as in the paper: they change nothing; on nf4 and fp4 also "residual":
             what quantization lost, as far as their rank goes, on inputs from the text (QERA, arXiv 2410.06040). Such
             adapters belong to the quantized base. None: "residual" where there is one.
         optimizer: one of `OPTIMIZERS`: with 8-bit states, or fp32 states where the name does not say 8bit; paged states
@@ -63,7 +67,8 @@ class Settings:
     """
 
     method: str = "nf4"
-    double_quant: bool | None = None
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    calibration: str | None = None
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.05
@@ -91,19 +96,17 @@ class Settings:
 
     def check(self) -> None:
         """Raises ValueError or, for page_dir, OSError unless they can be; the message has the value."""
-        for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("dtype", tuple(_DTYPES))):
+        for name, known in (("optimizer", OPTIMIZERS), ("dtype", tuple(_DTYPES))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("double_quant", "gradient_checkpointing"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "double_quant"):
-                raise ValueError(f"{name} must be True or False, got {value!r}")
-        if self.double_quant is not None and self.method not in ("nf4", "fp4"):
-            raise ValueError(f"double_quant is of methods nf4 and fp4, not of {self.method}")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ValueError(f"gradient_checkpointing must be True or False, got {self.gradient_checkpointing!r}")
+        self._check_method()
         if self.init not in (None, "zero", "residual"):
             raise ValueError(f"init {self.init!r} is not one of residual, zero")
         if self.init == "residual" and not self.from_residual:
-            raise ValueError(f"init residual is of methods nf4 and fp4, not of {self.method}")
+            names = ", ".join(n for name, m in methods().items() if m.residual for n in (name, *m.aliases))
+            raise ValueError(f"init residual is of methods {names}, not of {self.method}")
         LoRAConfig(self.rank, self.alpha, self.dropout).check()
         for name in (*_COUNTS, "steps", "eval_every"):
             value = getattr(self, name)
@@ -138,17 +141,34 @@ class Settings:
         return _DTYPES[self.dtype]
 
     @property
-    def doubly_quantized(self) -> bool:
-        return self.method in ("nf4", "fp4") and self.double_quant is not False
+    def base(self) -> tuple[Method, dict[str, Any]] | None:
+        """The method and the settings that the base is quantized with; None where it is not."""
+        if is_unquantized(self.method):
+            return None
+        given = {name: value for name, value in self.quantization.items() if value is not None}
+        method, given = find_method(self.method, given)
+        return method, {**method.for_training, **given}
 
     @property
     def from_residual(self) -> bool:
-        return self.method in ("nf4", "fp4") and self.init != "zero"
+        return self.base is not None and self.base[0].residual and self.init != "zero"
+
+    def _check_method(self) -> None:
+        try:
+            base = self.base
+        except ValueError:
+            if not isinstance(self.method, str) or self.method not in method_names():
+                raise ValueError(unknown_method(self.method, unquantized=True)) from None
+            raise
+        if base is None:
+            if given := [*self.quantization, *(("calibration",) if self.calibration is not None else ())]:
+                raise ValueError(f"{', '.join(given)}: for a quantized base, not for method {self.method}")
+            return
+        method, given = base
+        method.check_calibration(method.settings(given), self.calibration)
 
     def chosen_device(self) -> torch.device:
         """ValueError unless it is there."""
-        from .. import cuda_built
-
         chosen = self.device
         if chosen is None:
             chosen = "cuda" if cuda_built() and torch.cuda.is_available() else "cpu"
@@ -185,12 +205,26 @@ class Settings:
         return self.lr * min(1.0, (step + 1) / ramp) if ramp else self.lr
 
     def to_dict(self) -> dict[str, Any]:
+        """By name."""
         return asdict(self)
 
     def binding(self) -> dict[str, Any]:
         """Those that must be the same for a run to go on."""
         found = {name: value for name, value in asdict(self).items() if name not in _FREE}
-        found["double_quant"] = self.doubly_quantized
+        del found["quantization"], found["calibration"]
+        if (base := self.base) is None:
+            found["method"] = UNQUANTIZED[1]
+        else:
+            method, given = base
+            fixed = method.aliases.get(self.method, {})
+            found |= {name: _plain(value) for name, value in given.items() if name not in fixed}
+            if self.calibration is not None:
+                found["calibration"] = self.calibration
         found["init"] = "residual" if self.from_residual else "zero"
         found["device"] = self.chosen_device().type
         return found
+
+
+def _plain(value: Any) -> Any:
+    """As a JSON file holds it."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -10,8 +10,10 @@ import torch
 import transformers
 from torch import nn
 
-from ..nn import NF4Linear
-from ..nn_lora import is_number
+from ..core.checks import is_number
+from ..int8.method import Int8
+from ..nf4.linear import NF4Linear
+from ..nf4.method import NF4
 from .bitsandbytes import Checkpoint
 from .transformers import SAFETENSORS_DTYPES, OctavoConfig, mark_quantized
 
@@ -61,11 +63,11 @@ def _options(path: Path, checkpoint: Checkpoint, described: dict[str, Any]) -> d
         raise ValueError(f"{path / 'config.json'} has llm_int8_threshold = {given!r}")
     threshold = {"threshold": 6.0 if given is None else float(given)}
     if not checkpoint.headers:
-        return {"method": "int8", **threshold}
+        return {"method": Int8.name, **threshold}
     found = {(header.quant_type, header.blocksize) for header in checkpoint.headers.values()}
     if len(found) > 1:
         raise ValueError(f"{path} has layers of several kinds, (quant_type, blocksize): {sorted(found)}")
     quant_type, blocksize = found.pop()
     nested = any(header.nested_offset is not None for header in checkpoint.headers.values())
-    options = {"method": "nf4", "quant_type": quant_type, "blocksize": blocksize, "double_quant": nested}
+    options = {"method": NF4.name, "quant_type": quant_type, "blocksize": blocksize, "double_quant": nested}
     return options | threshold

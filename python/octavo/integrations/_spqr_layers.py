@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spqr import SpQRWeight
-from ..spqr.codes import SpQRCodes
+from ..spqr.engine.codes import SpQRCodes
+from ..spqr.weight import SpQRWeight
 
 _TILE = 16  # rows and columns that the compressed format keeps together
 _LEGACY = ("quant_layer_scale", "quant_layer_zeros")

@@ -1,8 +1,8 @@
 """The checkpoints of bitsandbytes, read and written without it: layers in int8 and in 4 bits.
 
 ``Linear8bitLt`` holds ``weight`` int8 [n, k], ``SCB`` fp32 [n] (the absmax of each row: the weight is ``weight * SCB[:,
-None] / 127``), ``weight_format`` uint8 [] = 0 for row-major, and ``bias``. For ``Linear4bit`` see `octavo._linear4bit`.
-The ``load_state_dict`` of `octavo.nn.Int8Linear` and `NF4Linear` reads them, too.
+None] / 127``), ``weight_format`` uint8 [] = 0 for row-major, and ``bias``. For ``Linear4bit`` see
+`octavo.nf4.bitsandbytes`. The ``load_state_dict`` of `octavo.nn.Int8Linear` and `NF4Linear` reads them, too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .._linear4bit import MARK, Header, read_linear4bit, write_linear4bit
-from ..nn import Int8Linear, NF4Linear, check_state, read_linear8bit
-from ..nn_nf4 import check_nf4_state
-from ..serialization import tie
+from ..core.stored import tie
+from ..int8.bitsandbytes import read_linear8bit
+from ..int8.linear import Int8Linear
+from ..nf4.bitsandbytes import MARK, Header, read_linear4bit, write_linear4bit
+from ..nf4.linear import NF4Linear
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
@@ -182,7 +183,9 @@ def _checked_4bit(layer: dict[str, Tensor], header: Header, tensors: dict[str, T
         raise ValueError(f"unknown {', '.join(unknown)}")
     if len(header.shape) != 2:
         raise ValueError(f"{MARK}{header.quant_type} has shape = {list(header.shape)}, not that of a matrix")
-    if errors := check_nf4_state(tensors, header.shape[1], header.shape[0], header.quant_type, header.blocksize):
+    n, k = header.shape
+    described = {"in_features": k, "out_features": n, "quant_type": header.quant_type, "blocksize": header.blocksize}
+    if errors := NF4Linear.tensor_errors(tensors, described):
         raise ValueError("; ".join(errors))
     return tensors
 
@@ -194,7 +197,7 @@ def _checked_int8(layer: dict[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"weight must be a matrix, got {'none' if weight is None else list(weight.shape)}")
     tensors = dict(layer)
     n, k = weight.shape
-    if errors := read_linear8bit(tensors) or check_state(tensors, k, n):
+    if errors := read_linear8bit(tensors) or Int8Linear.tensor_errors(tensors, {"in_features": k, "out_features": n}):
         raise ValueError("; ".join(errors))
     return tensors
 

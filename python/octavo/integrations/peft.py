@@ -27,10 +27,11 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .._kinds import MODULES
-from .._peft_format import BASE_KEPT, shortest
-from ..merging import float_dtype
-from ..nn_lora import device_of, dtype_of, is_linear, merged_linear
+from ..core.checks import device_of
+from ..core.method import stored_methods
+from ..lora.linear import dtype_of, is_linear, merged_linear
+from ..lora.merging import float_dtype
+from ..lora.peft_format import BASE_KEPT, shortest
 
 __all__ = ["OctavoLoraLinear", "register"]
 
@@ -50,7 +51,7 @@ def register(config: LoraConfig, model: nn.Module) -> LoraConfig:
     if config.target_modules == "all-linear":
         config.target_modules = _all_linear(model)
     made: Any = partial(OctavoLoraLinear, merge_dtype=float_dtype(model))
-    config._register_custom_module(dict.fromkeys(MODULES, made))
+    config._register_custom_module(dict.fromkeys(stored_methods().values(), made))
     return config
 
 

@@ -31,8 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..nn import SpQRLinear
-from ..spqr import SpQRWeight
+from ..spqr.linear import SpQRLinear
+from ..spqr.weight import SpQRWeight
 from ._spqr_layers import import_compressed_layer, import_legacy_layer
 
 __all__ = ["OfficialCheckpoint", "import_compressed_layer", "import_legacy_layer", "load_official", "read_official"]

@@ -18,17 +18,11 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .._kinds import KINDS, MODULES, configuration, method_of
-from ..nf4 import NESTED_BLOCKSIZE, check_options, quantize_4bit
-from ..nn import Int8Linear, NF4Linear, SpQRLinear, check_state, check_threshold
-from ..nn_nf4 import TENSORS as NF4_TENSORS
-from ..nn_nf4 import check_nf4_state
-from ..nn_spqr import SpQROptions, check_spqr_state
-from ..ops import quantize_rowwise
-from ..spqr.weight import TENSORS
+from ..core.low_bit import LowBitLinear
+from ..core.method import Method, find_method, layer_class, methods
+from ..core.targets import SKIP, as_patterns, matches
 
 FORMAT_VERSION = 1
-_MAX_K = 131071  # csrc/int8/gemm.h: beyond it a sum of int8 products can leave int32
 SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -45,142 +39,103 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to quantize a model while transformers loads it; saved in its ``config.json``.
 
     Args:
-        method: "int8": LLM.int8() (arXiv 2208.07339). "nf4": 4 bits, as QLoRA (arXiv 2305.14314) has them. "spqr": SpQR
-            (arXiv 2306.03078), for checkpoints that hold such layers already. In a checkpoint of nf4 or spqr a layer
-            whose weight is stored in int8 or unquantized is loaded as that.
-        threshold: 0 or positive: |x| from which an activation's column is multiplied in 16 bit; 6.0 in the paper.
-        skip: full dotted names, or last components of names, of Linear layers to leave alone.
+        method: "int8": LLM.int8() (arXiv 2208.07339). "nf4" or "fp4": 4 bits, as QLoRA (arXiv 2305.14314) has them.
+            "spqr": SpQR (arXiv 2306.03078), for checkpoints that hold such layers already. In a checkpoint of nf4 or
+            spqr a layer whose weight is stored in int8 or unquantized is loaded as that.
+        skip: patterns (as of `fnmatch`, or plain names) of layers to leave alone: full names, last components of names,
+            or modules that contain the layers.
         format_version: of the saved tensors; written and checked by octavo.
-        bits, group_size, stats_group_size, scale_bits, zero_bits: of every SpQR layer, see `octavo.spqr.SpQRWeight`;
-            3, 16, 16, 3 and 3 where they are not given. Only for "spqr".
-        quant_type, blocksize, double_quant: see `octavo.quantize_4bit`; "nf4", 64 and False where they are not given.
-            Only for "nf4".
+        settings: what all layers have in common. int8: ``threshold``; nf4: ``quant_type``, ``blocksize``,
+            ``double_quant``; spqr: ``bits``, ``group_size``, ``stats_group_size``, ``scale_bits``, ``zero_bits``. See
+            the methods' ``Settings``, and `octavo.spqr.SpQRWeight`. They are attributes of the configuration.
 
     Raises:
-        ValueError: an unknown method or format version, a negative, NaN or infinite threshold, an unknown argument,
-            settings that octavo does not know, or of another method.
+        ValueError: an unknown method or format version, a bad setting, or one that the method does not have.
+
+    Example:
+        >>> from octavo import OctavoConfig
+        >>> OctavoConfig("nf4", double_quant=True).double_quant
+        True
+        >>> OctavoConfig("nf4", bits=3)
+        Traceback (most recent call last):
+        ValueError: nf4 has no setting bits; it has quant_type, blocksize, double_quant
     """
 
     def __init__(
         self,
         method: str = "int8",
-        threshold: float = 6.0,
-        skip: Sequence[str] = ("lm_head",),
+        *,
+        skip: str | Iterable[str] = SKIP,
         format_version: int = FORMAT_VERSION,
-        bits: int | None = None,
-        group_size: int | None = None,
-        stats_group_size: int | None = None,
-        scale_bits: int | None = None,
-        zero_bits: int | None = None,
-        quant_type: str | None = None,
-        blocksize: int | None = None,
-        double_quant: bool | None = None,
-        **unknown: Any,
+        **settings: Any,
     ) -> None:
-        unknown.pop("quant_method", None)
+        settings.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise ValueError(f"octavo format_version {format_version!r}: this octavo reads {FORMAT_VERSION}")
-        if unknown:
-            raise ValueError(f"OctavoConfig has no {', '.join(sorted(unknown))}")
-        if method not in KINDS:
-            raise ValueError(f"unknown method {method!r}; known: {', '.join(KINDS)}")
+        found, given = find_method(method, settings)
+        given = {name: value for name, value in given.items() if value is not None}
+        own = methods()[found.stored]
+        known = own.layout_defaults()
+        beside = {name: value for other in own.beside for name, value in methods()[other].layout_defaults().items()}
+        found.check_names((name for name in given if name not in beside), known=tuple(known))
         self.quant_method = "octavo"
-        self.method = method
-        self.threshold = check_threshold(threshold)
-        self.skip = [skip] if isinstance(skip, str) else list(skip)
+        self.method = own.name
+        self.skip = list(as_patterns("skip", skip))
         self.format_version = format_version
-        values = (bits, group_size, stats_group_size, scale_bits, zero_bits)
-        given = {name: value for name, value in zip(SpQROptions._fields, values, strict=True) if value is not None}
-        if method == "spqr":
-            options = SpQROptions(**given)
-            options.check()
-            self.__dict__.update(options._asdict())
-        elif given:
-            raise ValueError(f"{', '.join(given)}: for method 'spqr', not {method!r}")
-        of_nf4: dict[str, Any] = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
-        given_nf4 = {name: value for name, value in of_nf4.items() if value is not None}
-        if method == "nf4":
-            of_nf4.update({"quant_type": "nf4", "blocksize": 64, "double_quant": False} | given_nf4)
-            check_options(of_nf4["quant_type"], of_nf4["blocksize"])
-            if not isinstance(of_nf4["double_quant"], bool):
-                raise ValueError(f"double_quant must be true or false, got {double_quant!r}")
-            self.__dict__.update(of_nf4)
-        elif given_nf4:
-            raise ValueError(f"{', '.join(given_nf4)}: for method 'nf4', not {method!r}")
+        for name in (own.name, *own.beside):
+            defaults = methods()[name].layout_defaults()
+            layout = {key: given.get(key, value) for key, value in defaults.items()}
+            self.__dict__.update(methods()[name].check_layout(layout))
 
-    @property
-    def options(self) -> SpQROptions:
-        """How the SpQR layers of the checkpoint are to be read."""
-        return SpQROptions(*(getattr(self, name) for name in SpQROptions._fields))
-
-    @property
-    def nf4_options(self) -> tuple[str, int, bool]:
-        """quant_type, blocksize and double_quant of the layers in 4 bits."""
-        return self.quant_type, self.blocksize, self.double_quant
+    def layout(self, stored: str | None = None) -> dict[str, Any]:
+        """What the configuration says of all layers of a method; None for its own."""
+        names = methods()[stored or self.method].layout_defaults()
+        return {name: getattr(self, name) for name in names}
 
 
-class _QuantizeInt8(ConversionOps):  # type: ignore[misc]
-    """One Linear weight, as read from a checkpoint, to int8 codes and scales.
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """One Linear weight, as read from a checkpoint, to the tensors of a quantized layer."""
 
-    A row with a NaN or Inf gets the scale NaN; the check after loading names the layer.
-    """
-
-    def convert(self, input_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
-        out = {}
-        for name, value in input_dict.items():
-            weight = value[0] if isinstance(value, list) else value
-            out[name], out[f"{name}_scale"] = quantize_rowwise(weight)
-        return out
-
-
-class _QuantizeNF4(ConversionOps):  # type: ignore[misc]
-    """One Linear weight, as read from a checkpoint, to the tensors of an `NF4Linear`.
-
-    A NaN or Inf makes its block's scale NaN; the check after loading names the layer.
-    """
-
-    def __init__(self, quant_type: str, blocksize: int, double_quant: bool) -> None:
-        self.options = (quant_type, blocksize, double_quant)
+    def __init__(self, method: Method, settings: Any) -> None:
+        self.method, self.settings = method, settings
 
     def convert(self, input_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            quantized = quantize_4bit(weight, *self.options)
-            scale, span = quantized.absmax, quantized.blocksize
-            if quantized.nested_absmax is not None:
-                scale, span = quantized.nested_absmax, span * NESTED_BLOCKSIZE
-            if len(bad := (~weight.isfinite()).flatten().nonzero().flatten()):
-                scale[bad // span] = torch.nan
-            tensors = zip(NF4_TENSORS, quantized.tensors(), strict=True)
-            out |= {name.removesuffix("weight") + leaf: t for leaf, t in tensors if t is not None}
+            made = self.method.quantize_stored(weight, self.settings)
+            out |= {name.removesuffix("weight") + leaf: tensor for leaf, tensor in made.items()}
         return out
 
 
 @register_quantizer("octavo")
 class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the Linear layers of a model under construction by `octavo.nn.Int8Linear`, `NF4Linear` or `SpQRLinear`,
-    and fills them."""
+    """Replaces the Linear layers of a model under construction by quantized ones, and fills them."""
 
     quantization_config: OctavoConfig
-    requires_calibration = False  # true of SpQR: see below, where more can be said
+    requires_calibration = False  # true of some methods: see below, where more can be said
+
+    @property
+    def _method(self) -> Method:
+        return methods()[self.quantization_config.method]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.quantization_config.method == "spqr" and not self.pre_quantized:
+        if not self._method.in_stream and not self.pre_quantized:
+            name = self._method.name
             raise ValueError(
-                "SpQR needs calibration data and cannot quantize a model while it is loaded: load it without "
-                "quantization_config and call octavo.quantize_model(model, method='spqr', calibration=...)"
+                f"{name} needs calibration data and cannot quantize a model while it is loaded: load it without "
+                f"quantization_config and call octavo.quantize_model(model, method={name!r}, calibration=...)"
             )
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        layers = _layers_to_quantize(model, config.skip, _MAX_K if config.method == "int8" else None)
+        layers = _layers_to_quantize(model, config.skip, self._method.widest)
         if not layers:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize (skip is {config.skip})")
         headers = _headers_of(config, checkpoint_files or ()) if self.pre_quantized else {}
-        leaves = ("codes", "weight") if config.method == "spqr" else ("weight",)
+        leaves = tuple(dict.fromkeys((self._method.layer.key, "weight")))
         for name, linear in layers.items():
             stored = _stored_name(name, model.base_model_prefix, leaves, headers) if headers else None
             new = _new_layer(linear, stored, config, headers)
@@ -189,18 +144,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
-        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(owner), MODULES)
+        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(owner), LowBitLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
-        config = self.quantization_config
-        return _QuantizeNF4(*config.nf4_options) if config.method == "nf4" else _QuantizeInt8()
+        return _Quantize(self._method, self._method.Settings(**self.quantization_config.layout()))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in _quantized_layers(model):
             if not self.pre_quantized and layer.weight.is_meta:
                 _offload_codes(layer, name, self.get_quantize_ops())
-            config = configuration(layer)
-            errors = KINDS[str(method_of(layer))].check(layer.state_dict(), config)
+            errors = layer.errors(layer.state_dict(), layer.configuration())
             if errors:
                 where = "" if self.pre_quantized else ": the checkpoint's weight holds NaN or Inf"
                 raise ValueError(f"{name}: {errors[0]}{where}")
@@ -230,26 +183,30 @@ def mark_quantized(model: Any, config: OctavoConfig) -> None:
     """Let a transformers model that `octavo.quantize_model` changed be saved by its own ``save_pretrained``.
 
     Args:
-        model: a ``PreTrainedModel`` holding `octavo.nn.Int8Linear`, `NF4Linear` or `SpQRLinear`.
-        config: with the `skip` that makes the same layers quantized on loading; for `NF4Linear` ``OctavoConfig("nf4",
-            quant_type=..., blocksize=...)``, for `SpQRLinear` ``OctavoConfig("spqr", **layer.options._asdict())``. With
-            these two, there may be `Int8Linear` and unquantized layers beside.
+        model: a ``PreTrainedModel`` holding quantized layers.
+        config: with the `skip` that makes the same layers quantized on loading, and the settings that its layers have:
+            for `NF4Linear` ``OctavoConfig("nf4", quant_type=..., blocksize=...)``, for `SpQRLinear`
+            ``OctavoConfig("spqr", **layer.options._asdict())``. With these two, there may be `Int8Linear` and
+            unquantized layers beside.
 
     Raises:
         ValueError: a layer whose options are not those of the configuration.
+
+    Example:
+        >>> import octavo
+        >>> from octavo.integrations.transformers import mark_quantized
+        >>> octavo.quantize_model(model, "nf4")  # doctest: +SKIP
+        >>> mark_quantized(model, octavo.OctavoConfig("nf4"))  # doctest: +SKIP
+        >>> model.save_pretrained("model-nf4")  # doctest: +SKIP
     """
+    own = methods()[config.method]
     for name, layer in _quantized_layers(model):
-        fits, wanted = True, {}
-        if isinstance(layer, SpQRLinear):
-            fits, wanted = config.method == "spqr" and layer.options == config.options, layer.options._asdict()
-        elif isinstance(layer, NF4Linear):
-            wanted = {"quant_type": layer.quant_type, "blocksize": layer.blocksize}
-            fits = config.method == "nf4" and config.nf4_options[:2] == (layer.quant_type, layer.blocksize)
-        if not fits:
-            options = ", ".join(f"{key}={value!r}" for key, value in wanted.items())
-            raise ValueError(
-                f"{name} needs OctavoConfig(method={method_of(layer)!r}, {options}), got {config.to_dict()}"
-            )
+        method = methods()[layer.stored_as]
+        fixed = {key: value for key, value in layer.configuration().items() if key in method.layout_of_all()}
+        is_there = layer.stored_as in (own.name, *own.beside)
+        if not is_there or fixed != {key: getattr(config, key) for key in fixed}:
+            options = "".join(f", {key}={value!r}" for key, value in fixed.items())
+            raise ValueError(f"{name} needs OctavoConfig(method={layer.stored_as!r}{options}), got {config.to_dict()}")
     _unshare(model)
     quantizer = OctavoQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
@@ -272,20 +229,22 @@ def _unshare(model: nn.Module) -> None:
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, MODULES)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LowBitLinear)]
 
 
 def _layers_to_quantize(model: Any, skip: Iterable[str], widest: int | None) -> dict[str, nn.Linear]:
     """The same choice as `octavo.quantize_model`'s, on a model whose weights are not tied yet."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     left_alone = {key.removesuffix(".weight") for key in (*tied.keys(), *tied.values())}
-    left_alone |= {*skip, *(model._keep_in_fp32_modules or ())}
+    left_alone |= {*(model._keep_in_fp32_modules or ())}
+    patterns = tuple(skip)
     return {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
         and name not in left_alone
         and name.rpartition(".")[2] not in left_alone
+        and not any(matches((name,), pattern) for pattern in patterns)
         and (widest is None or module.in_features <= widest)
     }
 
@@ -321,79 +280,47 @@ def _stored_name(name: str, prefix: str, leaves: Sequence[str], headers: _Header
 
 def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> nn.Module | None:
     """What takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it stays."""
-    if config.method == "spqr" and stored is None:
-        raise ValueError("an SpQR checkpoint is loaded from safetensors files; there are none")
-    method = config.method if stored is None else _stored_method(stored, config, headers)
-    if method == "spqr":
-        return _new_spqr_layer(linear, str(stored), config, headers)
-    if method == "nf4":
-        return _new_nf4_layer(linear, stored, config, headers)
-    if method is None:
+    method = methods()[config.method]
+    if stored is None and not method.in_stream:
+        raise ValueError(f"a checkpoint of {method.name} is loaded from safetensors files; there are none")
+    name = method.name if stored is None else _stored_method(stored, method, config, headers)
+    if name is None:
         return None
-    n, k, dtype = linear.out_features, linear.in_features, linear.weight.dtype
-    int8 = Int8Linear(k, n, linear.bias is not None, config.threshold, device="meta", dtype=dtype)
-    if stored is not None:
-        names = ("weight", "weight_scale", "bias", "outlier_slot", "outlier_weight")
-        state = _stored_state(int8, stored, names, {"weight", "weight_scale"}, headers)
-        _raise_first(stored, check_state(state, k, n))
-        int8.outlier_slot, int8.outlier_weight = state.get("outlier_slot"), state.get("outlier_weight")
-    return int8
+    cls, dtype = layer_class(name), linear.weight.dtype
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
+    described = sizes | config.layout(name)
+    if stored is None:
+        return cls.from_configuration(described, dtype)
+    state = _stored_state(stored, (*cls.tensors, "bias"), headers)
+    described |= cls.read_from(state)
+    if missing := sorted(cls.tensor_names(described) - state.keys()):
+        raise ValueError(f"{stored}: the checkpoint has no {stored}.{missing[0]}")
+    new = cls.from_configuration(described, dtype)
+    if errors := cls.tensor_errors(state, described):
+        raise ValueError(f"{stored}: {errors[0]}")
+    new.fit_to(state)
+    return new
 
 
-def _stored_method(stored: str, config: OctavoConfig, headers: _Headers) -> str | None:
-    """How the checkpoint has this layer: None for unquantized. In an int8 one that octavo wrote, all are in int8."""
-    if config.method == "int8" and not hasattr(config, "headers"):
-        return "int8"
-    if f"{stored}.codes" in headers:
-        return "spqr"
-    dtype = headers[f"{stored}.weight"][0]
-    if config.method == "nf4" and (dtype == "U8" or f"{stored}.absmax" in headers):
-        return "nf4"
-    return "int8" if dtype == "I8" else None
+def _stored_method(stored: str, method: Method, config: OctavoConfig, headers: _Headers) -> str | None:
+    """How the checkpoint has this layer: None for unquantized. Where octavo wrote one of a method that allows no others
+    beside it, all layers are of the method."""
+    if not method.beside and not hasattr(config, "headers"):
+        return method.name
+    names = (method.name, *method.beside)
+    leaves = {leaf for name in names for leaf in layer_class(name).tensors}
+    dtypes = {leaf: tensor.dtype for leaf, tensor in _stored_state(stored, leaves, headers).items()}
+    return next((name for name in names if layer_class(name).recognizes(dtypes)), None)
 
 
-def _new_spqr_layer(linear: nn.Linear, stored: str, config: OctavoConfig, headers: _Headers) -> SpQRLinear:
-    n, k = linear.out_features, linear.in_features
-    dtype, has_bias = linear.weight.dtype, linear.bias is not None
-    spqr = SpQRLinear(k, n, has_bias, *config.options, device="meta", dtype=dtype)
-    state = _stored_state(spqr, stored, (*TENSORS, "bias"), {"codes"}, headers)
-    _raise_first(stored, check_spqr_state(state, k, n, config.options))
-    spqr._buffers.update({name: state.get(name) for name in TENSORS})
-    return spqr
-
-
-def _new_nf4_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> NF4Linear:
-    """With what double quantization the checkpoint has, if it has the layer."""
-    n, k = linear.out_features, linear.in_features
-    quant_type, blocksize, double_quant = config.nf4_options
-    if stored is not None:
-        double_quant = f"{stored}.nested_absmax" in headers or f"{stored}.offset" in headers
-    options = (quant_type, blocksize, double_quant)
-    nf4 = NF4Linear(k, n, linear.bias is not None, *options, device="meta", dtype=linear.weight.dtype)
-    if stored is not None:
-        wanted = {"weight", "absmax"} | ({"nested_absmax", "offset"} if double_quant else set())
-        state = _stored_state(nf4, stored, (*NF4_TENSORS, "bias"), wanted, headers)
-        _raise_first(stored, check_nf4_state(state, k, n, quant_type, blocksize))
-    return nf4
-
-
-def _stored_state(
-    layer: Any, stored: str, names: Iterable[str], wanted: set[str], headers: _Headers
-) -> dict[str, Tensor]:
+def _stored_state(stored: str, names: Iterable[str], headers: _Headers) -> dict[str, Tensor]:
     """The tensors of a layer as the checkpoint has them, without their values."""
     state = {}
     for name in names:
         dtype, shape = headers.get(f"{stored}.{name}", ("", []))
         if dtype:
             state[name] = torch.empty(shape, dtype=SAFETENSORS_DTYPES.get(dtype, torch.float64), device="meta")
-    wanted = wanted | ({"bias"} if layer.bias is not None else set())
-    _raise_first(stored, [f"the checkpoint has no {stored}.{name}" for name in sorted(wanted - state.keys())])
     return state
-
-
-def _raise_first(stored: str, errors: list[str]) -> None:
-    if errors:
-        raise ValueError(f"{stored}: {errors[0]}")
 
 
 def _offload_codes(layer: Any, name: str, quantize: ConversionOps) -> None:

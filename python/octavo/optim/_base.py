@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # its public name would import the compiler at once
 
-from .. import ops
-from . import _load, _state
+from . import _load, _state, ops
 from ._foreach import advance, over_shards, total_norm
 from ._launch import Launch, Shards
 from ._options import DEFAULTS, OF_PAGING, Options, check_group

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..blockwise.ops import dequantize_blockwise
 from . import _state
 from ._paging import Paging, aligned
 from ._state import RULES, Make, Names, State
@@ -240,7 +240,7 @@ def _bitsandbytes_values(entry: State, k: int, shape: tuple[int, ...], where: st
             "elements"
         )
     values = [
-        ops.dequantize_blockwise(codes.contiguous(), scale.contiguous(), torch.float32, sizes[0], True, code)
+        dequantize_blockwise(codes.contiguous(), scale.contiguous(), torch.float32, sizes[0], True, code)
         for codes, scale in zip(state.reshape(parts, count), absmax.reshape(parts, blocks), strict=True)
     ]
     return torch.stack(values).reshape(shape)

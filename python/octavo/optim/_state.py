@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..blockwise.ops import dequantize_blockwise, quantize_blockwise
 
 BLOCK = 256
 MIN_SHARDED_ROW = 64  # elements: in shorter rows, one absmax each, too little would be saved
@@ -248,10 +248,10 @@ def _quantize(values: Tensor, row: int, signed: bool) -> tuple[Tensor, Tensor]:
     padding = -row % BLOCK if row else 0
     if padding:
         padded = torch.nn.functional.pad(values.view(-1, row), (0, padding))
-        codes, absmax = ops.quantize_blockwise(padded, BLOCK, signed)
+        codes, absmax = quantize_blockwise(padded, BLOCK, signed)
         codes = codes[:, :row].reshape(values.shape)
     else:
-        codes, absmax = ops.quantize_blockwise(values, BLOCK, signed)
+        codes, absmax = quantize_blockwise(values, BLOCK, signed)
     if not signed:  # a root above 0 is never divided by as 0: at least code 1
         codes = torch.where((values > 0) & (codes == 0), 1, codes).to(torch.uint8)
     return codes, absmax
@@ -262,8 +262,8 @@ def values_of(codes: Tensor, absmax: Tensor, signed: bool, second: bool) -> Tens
     if absmax.dim() == 2 and codes.numel():
         row = codes.numel() // absmax.shape[0]
         padded = torch.nn.functional.pad(codes.reshape(-1, row), (0, -row % BLOCK))
-        values = ops.dequantize_blockwise(padded, absmax.reshape(-1), torch.float32, BLOCK, signed)
+        values = dequantize_blockwise(padded, absmax.reshape(-1), torch.float32, BLOCK, signed)
         values = values[:, :row].reshape(codes.shape)
     else:
-        values = ops.dequantize_blockwise(codes, absmax.reshape(-1), torch.float32, BLOCK, signed)
+        values = dequantize_blockwise(codes, absmax.reshape(-1), torch.float32, BLOCK, signed)
     return values.square() if second else values

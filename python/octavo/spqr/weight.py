@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import ops_spqr
-from . import packing
+from . import ops, packing
 
 if TYPE_CHECKING:
-    from .codes import SpQRCodes
+    from .engine.codes import SpQRCodes
 
 TENSORS = ("codes", "statistics", "second_order", "unit", "outliers", "row_offsets", "perm")
 
@@ -84,7 +83,7 @@ class SpQRWeight:
         """The weight [n, k] that `octavo.spqr_matmul` multiplies by, rounded once to `dtype`."""
         sizes = (self.group_size, self.stats_group_size, self.scale_bits, self.zero_bits)
         arguments = (*self.arguments(), self.n, self.k, dtype, *sizes)
-        return ops_spqr.spqr_dequantize(*arguments)
+        return ops.spqr_dequantize(*arguments)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SpQRWeight:
         """The same weight with `function` applied to each tensor, for moves between devices."""

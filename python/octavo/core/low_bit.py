@@ -1,0 +1,244 @@
+"""`LowBitLinear`: what linear layers with a quantized weight share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_Self = TypeVar("_Self", bound="FrozenBuffers")
+
+
+class FrozenBuffers(nn.Module):
+    """A module whose buffers keep their dtypes: `.to(dtype)`, `.type(dtype)`, `.half()` and the like change only its
+    parameters, and of these only floats."""
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        # Moves follow fn; dtype changes stop at the parameters. A scale that went through fp16 would be another weight.
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        parameters = {name: p.data for name, p in self._parameters.items() if p is not None}
+        codes = {name: value for name, value in parameters.items() if not value.is_floating_point()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype is not buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        for name, value in codes.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.dtype is not value.dtype:
+                parameter.data = value.to(parameter.device)
+        return self
+
+
+class LowBitLinear(FrozenBuffers):
+    """A linear layer whose weight is stored in few bits: what all such layers do alike.
+
+    A subclass names its tensors and the fields of its configuration, and writes `forward`, `_dequantized` and
+    `tensor_errors`. The configuration is what `octavo.json` has of a layer, and is enough, with the tensors, to make
+    it anew.
+
+    Attributes:
+        in_features, out_features: k and n.
+        bias: [out_features], parameter, or None.
+        stored_as: the name that files have for the class, given by the registry.
+        tensors: names of the tensors of the weight; the bias is beside them.
+        key: the tensor without which a state has no weight.
+        optional: tensors that need not be there, each with the field of the configuration that says whether it is.
+        fields: of the configuration, beside ``in_features``, ``out_features`` and ``bias``, with their types.
+    """
+
+    stored_as: ClassVar[str] = ""
+    tensors: ClassVar[tuple[str, ...]]
+    key: ClassVar[str] = "weight"
+    optional: ClassVar[Mapping[str, str]] = {}
+    fields: ClassVar[Mapping[str, Any]]
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def _zero_bias(self, wanted: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        zeros = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if wanted else None
+        self.bias = zeros
+
+    def _copy_bias(self, bias: Tensor | None) -> None:
+        """Take a copy of a bias; it goes on to require a gradient if it did."""
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+
+    def _frozen_bias_for(self, layer: LowBitLinear) -> None:
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+
+    def _put(self, name: str, tensor: Tensor | None) -> None:
+        """Make it the module's tensor of this name."""
+        self._buffers[name] = tensor
+
+    # ---- the weight --------------------------------------------------------------------------------------------------
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [n, k], rounded once to `dtype`."""
+        raise NotImplementedError(f"{type(self).__name__} does not dequantize")
+
+    def float_dtype(self) -> torch.dtype:
+        """The dtype of the unquantized layer: by default that of the bias, or the default dtype where there is none."""
+        return torch.get_default_dtype() if self.bias is None else self.bias.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A `torch.nn.Linear` with the weight that this module multiplies by, rounded once to `dtype`.
+
+        Args:
+            dtype: of weight and bias; None for `float_dtype`, the bias as it is.
+        """
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self._dequantized(dtype or self.float_dtype()))
+        if self.bias is not None:
+            bias = self.bias.detach().to(dtype or self.bias.dtype, copy=True)
+            linear.bias = nn.Parameter(bias, self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def quantize_like(self, linear: nn.Linear) -> LowBitLinear:
+        """`linear` quantized with the settings of this layer; its bias is this layer's.
+
+        Raises:
+            ValueError: the method needs calibration data for that.
+        """
+        raise ValueError(
+            f"{type(self).__name__} cannot be quantized again without calibration data: merge with requantize=False, "
+            "and quantize the merged model"
+        )
+
+    @property
+    def nominal_bits(self) -> float:
+        """Bits per weight by the paper's formula."""
+        raise NotImplementedError(f"{type(self).__name__} has no count of bits")
+
+    @property
+    def real_bits(self) -> float:
+        """Bits per weight as stored, everything counted but the bias."""
+        count = sum(t.numel() * t.element_size() for name in self.tensors if (t := getattr(self, name)) is not None)
+        return 8 * count / max(1, self.in_features * self.out_features)
+
+    def figures(self) -> dict[str, Any]:
+        """What a report says of the layer beside its size."""
+        return {"nominal_bits": self.nominal_bits, "real_bits": self.real_bits}
+
+    # ---- what files say of it ----------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """How the layer is quantized, in the words that an adapter's file has for its base."""
+        return self.stored_as
+
+    def configuration(self) -> dict[str, Any]:
+        """What `from_configuration` needs to make a module like this one."""
+        return self._sizes() | {name: getattr(self, name) for name in self.fields}
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+
+    @classmethod
+    def from_configuration(cls, config: Mapping[str, Any], dtype: torch.dtype | None) -> LowBitLinear:
+        """A module on the meta device, its weight all zeros; dtype is its bias's.
+
+        Raises:
+            ValueError: numbers that cannot be.
+        """
+        raise NotImplementedError(f"{cls.__name__} is not made from a configuration")
+
+    @classmethod
+    def check_configuration(cls, config: Mapping[str, Any]) -> None:
+        """ValueError unless there can be such a layer."""
+        if min(config["in_features"], config["out_features"]) < 0:
+            raise ValueError(f"in_features and out_features are {config['in_features']} and {config['out_features']}")
+        cls.from_configuration(config, None)
+
+    @classmethod
+    def tensor_names(cls, config: Mapping[str, Any]) -> set[str]:
+        """The tensors that a module so configured has, the bias included."""
+        asked = {**cls.optional, "bias": "bias"}
+        return {name for name in (*cls.tensors, "bias") if name not in asked or config[asked[name]]}
+
+    @classmethod
+    def tensor_errors(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the tensors of a module, one line each: missing, dtype, shape, values.
+
+        Nothing is wrong with a state without any tensor of the weight.
+        """
+        raise NotImplementedError(f"{cls.__name__} does not check its tensors")
+
+    @classmethod
+    def read_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The fields of the configuration that tensors say by being there, or by their shape."""
+        return {}
+
+    @classmethod
+    def errors(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
+        """`tensor_errors`, and where the tensors are not those of the configuration."""
+        errors = cls.tensor_errors(state, config)
+        if not errors:
+            for name, value in cls.read_from(state).items():
+                if value != config[name]:
+                    errors.append(f"has {value} {name.replace('_', ' ')}, not {config[name]}")
+        return errors
+
+    @classmethod
+    def recognizes(cls, stored: Mapping[str, torch.dtype]) -> bool:
+        """Whether tensors with these names and dtypes are those of such a layer."""
+        return cls.key in stored
+
+    # ---- state dicts -------------------------------------------------------------------------------------------------
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return "".join((text, *(f", {name}={value}" for name, value in self._described().items())))
+
+    def _described(self) -> Mapping[str, Any]:
+        """What `extra_repr` says beside sizes and bias."""
+        return {}
+
+    def fit_to(self, state: Mapping[str, Tensor]) -> None:
+        """Make room for the tensors of a state; a new weight also brings which optional tensors it has."""
+        device = getattr(self, self.key).device
+        for name in self.tensors:
+            current, new = getattr(self, name), state.get(name)
+            if new is None:
+                if name in self.optional and self.key in state:
+                    self._put(name, None)
+            elif current is None or current.shape != new.shape or current.dtype is not new.dtype:
+                self._put(name, torch.empty_like(new, device=device))
+
+    def _translate(self, state: dict[str, Tensor]) -> tuple[list[str], dict[str, Any]]:
+        """Turn the state of another library into this class's, in place.
+
+        Returns:
+            What is wrong with it, and attributes to set if all is right in the end.
+        """
+        return [], {}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        errors, attributes = self._translate(state)
+        errors = errors or self.tensor_errors(state, self.configuration())
+        if errors:
+            where = f"{type(self).__name__} {prefix[:-1]!r}" if prefix else type(self).__name__
+            error_msgs.extend(f"{where}: {error}" for error in errors)
+            return
+        for name, value in attributes.items():
+            setattr(self, name, value)
+        self.fit_to(state)
+        state = {prefix + name: value for name, value in state.items()}
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

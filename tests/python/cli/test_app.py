@@ -1,0 +1,390 @@
+"""The command line as a user meets it: what it prints, what it leaves on disk, its exit codes and its errors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("gguf")
+
+import octavo  # noqa: E402
+from command import TEXT, byte_tokenizer, left_behind, octavo_, refused  # noqa: E402
+from octavo import models  # noqa: E402
+from octavo.cli import demo  # noqa: E402
+from octavo.integrations.bitsandbytes import to_bitsandbytes_state  # noqa: E402
+from octavo.models import evaluate  # noqa: E402
+from octavo.nn import Int8Linear, NF4Linear  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+# ---- what works ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["doctor"], ["quantize"], ["eval"], ["analyze"], ["bench"], ["demo"]])
+def test_help(command):
+    result = octavo_(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: octavo" in result.output
+    if command and command[0] in ("quantize", "eval", "analyze", "bench"):
+        assert f"octavo {command[0]} " in result.output.split("Usage:")[1].split("\n", 1)[1]  # an example
+
+
+def test_quantize_by_spqr_and_evaluate(source, tmp_path):
+    text = tmp_path / "novel.txt"
+    text.write_text(TEXT * 20)
+    target = tmp_path / "spqr"
+    arguments = ["--method", "spqr", "--calibration", text, "--samples", 4, "--context", 64, "--outliers", 0.02]
+    result = octavo_("quantize", source, target, *arguments, "--resume", tmp_path / "layers")
+    assert result.exit_code == 0, result.output
+    assert "14 layers in spqr" in result.output
+    assert "bits by the paper's count" in result.output
+    model = transformers.AutoModelForCausalLM.from_pretrained(target)
+    layers = [module for module in model.modules() if isinstance(module, octavo.nn.SpQRLinear)]
+    assert len(layers) == 14
+    assert {layer.bits for layer in layers} == {3}
+    assert all(layer.outlier_count > 0 for layer in layers)
+    result = octavo_("eval", target, "--text", text, "--context", 32, "--windows", 2)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+
+
+def test_quantize_by_nf4_and_evaluate(source, tmp_path, text):
+    arguments = ["--method", "nf4", "--quant-type", "fp4", "--blocksize", 128, "--double-quant", "--skip", "o_proj"]
+    result = octavo_("quantize", source, tmp_path / "nf4", *arguments)
+    assert result.exit_code == 0, result.output
+    assert "12 layers in nf4, fp4 codes in blocks of 128, double quantization, 4.0" in result.output
+    assert "bits stored" in result.output
+    layers = [m for m in models.load_model(models.find_source(tmp_path / "nf4")).modules() if isinstance(m, NF4Linear)]
+    assert {(layer.quant_type, layer.blocksize, layer.double_quant) for layer in layers} == {("fp4", 128, True)}
+    result = octavo_("eval", tmp_path / "nf4", "--text", text, "--context", 64, "--windows", 1)
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output
+    result = octavo_("quantize", source, tmp_path / "plain", "--method", "nf4")
+    assert "14 layers in nf4, nf4 codes in blocks of 64, 4.50 bits stored" in result.output
+    refused(octavo_("quantize", tmp_path / "nf4", tmp_path / "twice"), "is quantized already (octavo)")
+
+
+def test_what_bitsandbytes_quantized_is_evaluated_in_octavo_s_layers(source, tmp_path, text):
+    model = models.load_model(models.find_source(source))
+    octavo.quantize_model(model, "nf4", progress=False, double_quant=True)
+    path = shutil.copytree(source, tmp_path / "bnb")
+    tensors = {name: t.clone() for name, t in to_bitsandbytes_state(model).items() if name != "lm_head.weight"}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    quantization = {"load_in_4bit": True, "load_in_8bit": False}  # of before it named its method
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    result = octavo_("eval", path, "--text", text, "--context", 64, "--windows", 1, "--json")
+    assert result.exit_code == 0, result.output
+    ids = torch.tensor(byte_tokenizer()(TEXT).input_ids)
+    expected = evaluate.perplexity(model, evaluate.windows(ids, 64, 1)).perplexity
+    assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    refused(octavo_("quantize", path, tmp_path / "out"), "is quantized already (bitsandbytes)")
+    name = next(name for name in tensors if "quant_state" in name)
+    save_file(tensors | {name: tensors[name][1:]}, path / "model.safetensors", metadata={"format": "pt"})
+    result = octavo_("eval", path, "--text", text, "--context", 64)
+    refused(result, "cannot read the model of", "q_proj: weight.quant_state", "is not JSON")
+
+
+def test_settings_of_one_method_are_refused_by_another(source, text, tmp_path):
+    for arguments, message in (
+        (["--method", "spqr"], "method spqr needs calibration data"),
+        (["--bits", 4], "--bits: for methods spqr, gptq, rtn, not int8"),
+        (["--samples", 4, "--outliers", 0.1], "--outliers, --samples: for methods spqr, gptq, rtn, not int8"),
+        (["--method", "rtn", "--threshold", 0], "--threshold: for method int8, not rtn"),
+        (["--method", "nf4", "--threshold", 6], "--threshold: for method int8, not nf4"),
+        (["--method", "nf4", "--bits", 4], "--bits: for methods spqr, gptq, rtn, not nf4"),
+        (["--method", "nf4", "--calibration", text], "method nf4 takes no calibration"),
+        (["--quant-type", "nf4", "--blocksize", 64], "--quant-type, --blocksize: for method nf4, not int8"),
+        (["--method", "rtn", "--double-quant"], "--double-quant: for method nf4, not rtn"),
+        (["--calibration", text], "method int8 takes no calibration"),
+        (["--method", "rtn", "--group-size", 24], "group_size must be"),
+        (["--method", "spqr", "--calibration", tmp_path / "no.txt"], "no.txt"),
+    ):
+        result = octavo_("quantize", source, tmp_path / "out", *arguments)
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert not (tmp_path / "out").exists()
+
+
+def test_version():
+    assert octavo_("--version").output.strip() == f"octavo {octavo.__version__}"
+
+
+def test_doctor():
+    result = octavo_("doctor")
+    assert result.exit_code == 0
+    for word in (octavo.__version__, torch.__version__, octavo._C.isa().name, "agree with the reference"):
+        assert word in result.output
+
+
+def test_doctor_says_what_is_wrong_and_missing(monkeypatch):
+    from octavo.cli import doctor
+
+    def broken(*arguments):
+        return octavo.reference.int8_mm(*arguments) + 1
+
+    monkeypatch.setattr(doctor.ops, "int8_mm", broken)
+    monkeypatch.setitem(doctor._PACKAGES, "no-such-package", ("nothing at all", "demo"))
+    result = octavo_("doctor")
+    assert result.exit_code == 1
+    assert "wrong: int8_mm on cpu" in result.output
+    assert "for nothing at all: pip install 'octavo[demo]'" in result.output
+
+
+def test_quantize_then_load_and_eval(source, tmp_path, text):
+    result = octavo_("quantize", source, tmp_path / "int8", "--threshold", "4", "--skip", "down_proj", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    assert "12 layers in int8, threshold 4" in result.output
+    assert torch.get_num_threads() == 1
+    assert left_behind(tmp_path) == []
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    assert len(layers) == 12
+    assert {layer.threshold for layer in layers} == {4.0}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "int8")
+    ids = torch.tensor(tokenizer(TEXT).input_ids)
+
+    result = octavo_("eval", tmp_path / "int8", "--text", text, "--context", 64, "--windows", 3, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    score = evaluate.perplexity(model, evaluate.windows(ids, 64, 3))
+    assert record["perplexity"] == pytest.approx(score.perplexity, rel=1e-6)
+    assert record["tokens"] == 3 * 63
+    assert record["model_bytes"] == evaluate.model_bytes(model)
+    assert min(record["prefill_tokens_per_s"], record["decode_tokens_per_s"]) > 0
+
+    result = octavo_("eval", source, "--text", text, "--context", 64, "--dtype", "bf16")
+    assert result.exit_code == 0, result.output
+    assert "perplexity " in result.output
+    assert "tokens/s" in result.output
+
+
+def test_eval_of_what_save_quantized_wrote(source, tmp_path, text):
+    model = models.load_model(models.find_source(source))
+    octavo.quantize_model(model, progress=False)
+    octavo.save_quantized(model, tmp_path / "own")
+    byte_tokenizer().save_pretrained(tmp_path / "own")
+    result = octavo_("eval", tmp_path / "own", "--text", text, "--context", 64, "--windows", 1, "--json")
+    assert result.exit_code == 0, result.output
+    ids = torch.tensor(byte_tokenizer()(TEXT).input_ids)
+    expected = evaluate.perplexity(model, evaluate.windows(ids, 64, 1)).perplexity
+    assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
+    from octavo import bench
+
+    calls = []
+    monkeypatch.setattr(bench, "main", lambda family, **keywords: calls.append((family, keywords)))
+    result = octavo_("bench", "int8", "--quick", "--out", tmp_path, "--threads", 1, "--threads", 2)
+    assert result.exit_code == 0, result.output
+    assert calls == [("int8", {"quick": True, "out": tmp_path, "threads": [1, 2], "device": "cpu"})]
+
+
+def test_demo(monkeypatch, source, tmp_path):
+    """All of it but the real model."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(models, "smollm2", lambda: models.find_source(source))
+    monkeypatch.setattr(demo, "CONTEXT", 128)
+    result = octavo_("demo", "--out", tmp_path / "out", "--windows", 2, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "demo.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == [method.name for method in demo.METHODS]
+    assert all(name in result.output for name in rows)
+    assert rows["fp32"]["kl"] == 0.0
+    assert rows["int8, threshold 6"]["kl"] > 0.0
+    assert rows["bf16"]["layer_bytes"] * 2 == rows["fp32"]["layer_bytes"]
+    assert rows["int8, threshold 6"]["layer_bytes"] < 0.3 * rows["fp32"]["layer_bytes"]
+    assert (rows["fp32"]["real_bits"], rows["bf16"]["nominal_bits"]) == (32.0, 16.0)
+    assert 8.0 == rows["int8, threshold 6"]["nominal_bits"] < rows["int8, threshold 6"]["real_bits"] < 9.0
+    assert 3.625 < rows["SpQR, 3 bits"]["nominal_bits"] < rows["SpQR, 3 bits"]["real_bits"]
+    assert rows["RTN, 3 bits"]["nominal_bits"] == 5.0
+    assert rows["SpQR, 3 bits"]["layer_bytes"] < 0.2 * rows["fp32"]["layer_bytes"]
+    assert all(row["perplexity"] > 1 and row["prefill"] > 0 and row["decode"] > 0 for row in rows.values())
+    assert (tmp_path / "out" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    full, small = record["optimizers"]
+    assert small["name"] == "octavo AdamW8bit"
+    assert small["state_bytes"] < 0.5 * full["state_bytes"]  # of so small a model, some tensors keep fp32 state
+    assert full["step_s"] > 0 and small["step_s"] > 0
+
+
+def test_demo_texts_are_prose_and_disjoint():
+    assert not set(demo._TEXT) & set(demo._CALIBRATION_TEXT)
+    for topics in (demo._TEXT, demo._CALIBRATION_TEXT):
+        paragraphs = demo.prose(topics).split("\n\n")
+        assert sum(map(len, paragraphs)) > 8000
+        assert all(paragraph[0].isalpha() and paragraph.endswith(".") for paragraph in paragraphs)
+    assert not set(demo.prose(demo._TEXT).split("\n\n")) & set(demo.prose(demo._CALIBRATION_TEXT).split("\n\n"))
+
+
+# ---- what is refused: one line, the actual values, nothing written ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "SRC", "DST", "--threshold", "-1"], "got -1.0"),
+        (["quantize", "SRC", "DST", "--threshold", "nan"], "got nan"),
+        (["quantize", "SRC", "DST", "--threshold", "many"], "Invalid value for '--threshold'"),
+        (["quantize", "SRC", "DST", "--method", "int3"], "'int3' is not one of int8"),
+        (
+            ["quantize", "SRC", "DST", "--method", "nf4", "--quant-type", "int4"],
+            "'int4' is not one of nf2, nf3, nf4, nf8",
+        ),
+        (["quantize", "SRC", "DST", "--method", "nf4", "--blocksize", "48"], "48 is not one of 32, 64, 128, 256, 512"),
+        (["quantize", "SRC", "DST", "--threads", "0"], "Invalid value for '--threads'"),
+        (["quantize", "SRC"], "Missing argument 'DST'"),
+        (["eval", "SRC"], "Missing option '--text'"),
+        (["eval", "SRC", "--text", "TEXT", "--context", "1"], "Invalid value for '--context'"),
+        (["eval", "SRC", "--text", "TEXT", "--dtype", "fp8"], "'fp8' is not one of auto, fp32, bf16, fp16"),
+        (["bench", "int9"], "'int9' is not one of int8"),
+        (["frobnicate"], "No such command 'frobnicate'"),
+    ],
+)
+def test_usage_errors(arguments, message, source, text, tmp_path):
+    names = {"SRC": str(source), "DST": str(tmp_path / "out"), "TEXT": str(text)}
+    result = octavo_(*(names.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def damage_config(path):
+    (path / "config.json").write_text("{")
+
+
+def damage_weights(path):
+    data = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def put_nan(path):
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def remove_weights(path):
+    (path / "model.safetensors").unlink()
+
+
+def quantized_elsewhere(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "messages"),
+    [
+        (damage_config, ["config.json is not JSON"]),
+        (damage_weights, ["cannot read the model of", "copy"]),
+        (remove_weights, ["cannot read the model of", "copy"]),
+        (put_nan, ["model.layers.0.mlp.up_proj", "NaN or Inf"]),
+        (quantized_elsewhere, ["is quantized already (gptq)"]),
+    ],
+)
+def test_quantize_refuses_damaged_models(source, tmp_path, damage, messages):
+    path = shutil.copytree(source, tmp_path / "copy")
+    damage(path)
+    refused(octavo_("quantize", path, tmp_path / "out"), *messages)
+    assert not (tmp_path / "out").exists()
+    assert left_behind(tmp_path) == []
+
+
+def test_quantize_refuses_what_is_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("not it")
+    (tmp_path / "short.gguf").write_bytes(b"GGUF\x03\x00")
+    out = tmp_path / "out"
+    refused(octavo_("quantize", tmp_path / "nowhere", out), "nowhere does not exist")
+    refused(octavo_("quantize", tmp_path / "empty", out), "empty holds no model")
+    refused(octavo_("quantize", tmp_path / "text.gguf", out), "text.gguf is not a GGUF file", "b'not '")
+    refused(octavo_("quantize", tmp_path / "short.gguf", out), "cannot read the", "short.gguf")
+    refused(octavo_("quantize", tmp_path, out), "name one of its GGUF files: short.gguf, text.gguf")
+    assert not out.exists()
+    assert left_behind(tmp_path) == []
+
+
+def test_quantize_refuses_targets(source, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    refused(octavo_("quantize", source, tmp_path / "full"), "full exists and holds 1 entries")
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+    refused(octavo_("quantize", source, tmp_path / "no" / "such"), "there is no directory")
+    all_layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+    skips = [word for name in all_layers for word in ("--skip", name)]
+    refused(octavo_("quantize", source, tmp_path / "out", *skips), "no torch.nn.Linear to quantize")
+    assert octavo_("quantize", source, tmp_path / "once").exit_code == 0
+    refused(octavo_("quantize", tmp_path / "once", tmp_path / "twice"), "is quantized already (octavo)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "once"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(143), OSError("no space left")])
+def test_interrupted_quantize_leaves_nothing(source, tmp_path, monkeypatch, interruption):
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def interrupted(self, path, **keywords):
+        save(self, path, **keywords)
+        raise interruption
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", interrupted)
+    result = octavo_("quantize", source, tmp_path / "out")
+    assert result.exit_code != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_eval_refuses(source, tmp_path, text):
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "short.txt").write_text("few words")
+    refused(octavo_("eval", source, "--text", tmp_path / "nowhere.txt"), "nowhere.txt")
+    refused(octavo_("eval", source, "--text", tmp_path / "latin1.txt"), "latin1.txt is not UTF-8", "byte 3 is 0xe9")
+    refused(octavo_("eval", source, "--text", tmp_path / "short.txt"), "the text has 9 tokens, fewer than one window")
+    long = tmp_path / "long.txt"
+    long.write_text(TEXT * 10)
+    refused(
+        octavo_("eval", source, "--text", long, "--context", 2000), "--context 2000 is more than the 1024 positions"
+    )
+    refused(octavo_("eval", tmp_path / "nowhere", "--text", text), "nowhere does not exist")
+
+
+def test_demo_without_its_package(monkeypatch, tmp_path):
+    from importlib import metadata
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(models.metadata, "distribution", missing)
+    refused(octavo_("demo", "--out", tmp_path / "out"), "pip install 'octavo[demo]'")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the real model --------------------------------------------------------------------------------------------------
+
+
+def test_real_model_from_gguf(tmp_path, monkeypatch):
+    """SmolLM2-135M from its GGUF file to a directory of transformers, and what int8 costs it."""
+    try:
+        source = models.smollm2()
+    except models.ModelError as error:
+        pytest.skip(str(error))
+    exact, load = models.load_model(source), models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *_: copy.deepcopy(exact))  # reading GGUF takes long: once
+    result = octavo_("quantize", source.path, tmp_path / "int8")
+    assert result.exit_code == 0, result.output
+    assert "210 layers in int8, threshold 6" in result.output
+    quantized = load(models.find_source(tmp_path / "int8"))
+    tokenizer = models.load_tokenizer(models.find_source(tmp_path / "int8"))
+    window = evaluate.windows(tokenizer(demo.prose(demo._TEXT), add_special_tokens=False).input_ids, 256, 1)[0]
+    score = evaluate.Score()
+    score.add(evaluate.log_probabilities(quantized, window), window, evaluate.log_probabilities(exact, window))
+    assert 0.003 < score.kl < 0.03
+    assert score.perplexity < 40
+    names = [name for name, module in quantized.named_modules() if isinstance(module, Int8Linear)]
+    int8, fp32 = (sum(evaluate.model_bytes(m.get_submodule(n)) for n in names) for m in (quantized, exact))
+    assert int8 < 0.27 * fp32
