@@ -12,9 +12,9 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from octavo import quantize_4bit, quantize_model, reference  # noqa: E402
-from octavo.integrations import transformers as integration  # noqa: E402
 from octavo.integrations.transformers import OctavoConfig, mark_quantized  # noqa: E402
 from octavo.models import find_source, load_model, quantize_to_directory  # noqa: E402
+from octavo.nf4 import method as nf4_method  # noqa: E402
 from octavo.nn import Int8Linear, NF4Linear, SpQRLinear  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_llama import MAP, Auto, logits, make  # noqa: E402
@@ -154,7 +154,7 @@ def test_automatic_map_counts_packed_bytes(saved, tmp_path):
 def test_only_one_tensor_at_a_time_is_unquantized(tmp_path, monkeypatch):
     make().save_pretrained(tmp_path / "source", max_shard_size="40KB")
     alive, most = weakref.WeakSet(), 0
-    quantize = integration.quantize_4bit
+    quantize = nf4_method.quantize_4bit
 
     def watched(weight, *options):
         nonlocal most
@@ -162,7 +162,7 @@ def test_only_one_tensor_at_a_time_is_unquantized(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return quantize(weight, *options)
 
-    monkeypatch.setattr(integration, "quantize_4bit", watched)
+    monkeypatch.setattr(nf4_method, "quantize_4bit", watched)
     model = Auto.from_pretrained(tmp_path / "source", quantization_config=OctavoConfig("nf4"))
     assert len(layers(model)) == 14
     assert most == 1
@@ -217,10 +217,13 @@ def test_mark_quantized_checks_the_options():
     [
         ({"method": "nf4", "quant_type": "int4"}, "quant_type must be one of .*, got 'int4'"),
         ({"method": "nf4", "blocksize": 48}, "blocksize must be a power of two from 32 to 4096, got 48"),
-        ({"method": "nf4", "double_quant": "yes"}, "double_quant must be true or false, got 'yes'"),
-        ({"method": "nf4", "bits": 4}, "bits: for method 'spqr', not 'nf4'"),
-        ({"quant_type": "nf4", "double_quant": False}, "quant_type, double_quant: for method 'nf4', not 'int8'"),
-        ({"method": "spqr", "blocksize": 64}, "blocksize: for method 'nf4', not 'spqr'"),
+        ({"method": "nf4", "double_quant": "yes"}, "double_quant must be True or False, got 'yes'"),
+        ({"method": "nf4", "bits": 4}, "nf4 has no setting bits; it has quant_type, blocksize, double_quant"),
+        (
+            {"quant_type": "nf4", "double_quant": False},
+            "int8 has no setting quant_type, double_quant; it has",
+        ),
+        ({"method": "spqr", "blocksize": 64}, "spqr has no setting blocksize; it has bits, group_size"),
     ],
 )
 def test_config_refuses(arguments, message):
@@ -232,7 +235,7 @@ def test_config_round_trip():
     config = OctavoConfig("nf4", blocksize=128, double_quant=True)
     again = OctavoConfig.from_dict(json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()
-    assert again.nf4_options == config.nf4_options == ("nf4", 128, True)
+    assert again.layout() == config.layout() == {"quant_type": "nf4", "blocksize": 128, "double_quant": True}
     assert "quant_type" not in OctavoConfig().to_dict()  # an octavo of before nf4 reads it
 
 
@@ -294,16 +297,16 @@ def test_a_changed_configuration_does_not_fit_the_tensors(saved):
 def test_quantize_to_directory(source, tmp_path):
     done = quantize_to_directory(find_source(source), tmp_path / "nf4", "nf4", quant_type="fp4", double_quant=True)
     assert done["layers"] == 14
-    assert 4.12 < done["bits"] < 4.2
-    assert "threshold" not in done
+    assert 4.12 < done["real_bits"] < 4.2
+    assert done["description"] == "fp4 codes in blocks of 64, double quantization"
     model = load_model(find_source(tmp_path / "nf4"))
     assert {(layer.quant_type, layer.double_quant) for layer in layers(model).values()} == {("fp4", True)}
     for keywords, message in (
-        ({"threshold": 6.0}, "threshold is of method int8, not of nf4"),
-        ({"bits": 4}, "method nf4 takes no bits"),
-        ({"calibration": "text.txt"}, "method nf4 takes no calibration"),
-        ({"method": "int8", "blocksize": 64}, "method int8 takes no blocksize"),
-        ({"method": "rtn", "quant_type": "nf4"}, "method rtn takes no quant_type"),
+        ({"threshold": 6.0}, "nf4 has no setting threshold"),
+        ({"bits": 4}, "nf4 has no setting bits"),
+        ({"calibration": "text.txt"}, "nf4 takes no calibration"),
+        ({"method": "int8", "blocksize": 64}, "int8 has no setting blocksize"),
+        ({"method": "rtn", "quant_type": "nf4"}, "rtn has no setting quant_type"),
         ({"blocksize": 48}, "blocksize must be a power of two"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -285,7 +285,11 @@ def failing_batches():
 
 
 FAILURES = {
-    "method": ({"method": "int3"}, ValueError, "unknown method 'int3'; known: int8, nf4"),
+    "method": (
+        {"method": "int3"},
+        ValueError,
+        "unknown method 'int3' .did you mean int8.*; known: int8, nf4, fp4",
+    ),
     "threshold": ({"threshold": -2.0}, ValueError, "got -2.0"),
     "threshold nan": ({"threshold": float("nan")}, ValueError, "got nan"),
     "no calibration": ({"keep_outliers": True}, ValueError, "needs calibration data"),
@@ -294,15 +298,31 @@ FAILURES = {
     "empty": ({"keep_outliers": True, "calibration": []}, ValueError, "no batches"),
     "batch": ({"keep_outliers": True, "calibration": [IDS, "text"]}, ValueError, "tensors or mappings, got str"),
     "disk": ({"keep_outliers": True, "calibration": failing_batches}, OSError, "disk is gone"),
-    "nf4 threshold": ({"method": "nf4", "threshold": 6.0}, ValueError, "threshold is of method int8, not of nf4"),
-    "nf4 kept": ({"method": "nf4", "keep_outliers": True}, ValueError, "keep_outliers is of method int8, not of nf4"),
-    "nf4 calibration": ({"method": "nf4", "calibration": [IDS]}, ValueError, "method nf4 takes no calibration"),
-    "nf4 bits": ({"method": "nf4", "bits": 4, "tau": 1.0}, ValueError, "method nf4 takes no bits, tau"),
+    "nf4 threshold": (
+        {"method": "nf4", "threshold": 6.0},
+        ValueError,
+        "nf4 has no setting threshold; it has",
+    ),
+    "nf4 kept": (
+        {"method": "nf4", "keep_outliers": True},
+        ValueError,
+        "nf4 has no setting keep_outliers; it",
+    ),
+    "nf4 calibration": ({"method": "nf4", "calibration": [IDS]}, ValueError, "nf4 takes no calibration data"),
+    "nf4 bits": (
+        {"method": "nf4", "bits": 4, "tau": 1.0},
+        ValueError,
+        "nf4 has no setting bits, tau; it has quant",
+    ),
     "nf4 type": ({"method": "nf4", "quant_type": "int4"}, ValueError, "one of nf2, nf3, nf4, nf8, fp4, got 'int4'"),
     "nf4 blocksize": ({"method": "nf4", "blocksize": 0}, ValueError, "power of two from 32 to 4096, got 0"),
-    "int8 type": ({"quant_type": "nf4"}, ValueError, "quant_type is of method nf4, not of int8"),
-    "int8 blocksize": ({"blocksize": 64}, ValueError, "blocksize is of method nf4, not of int8"),
-    "rtn double": ({"method": "rtn", "double_quant": True}, ValueError, "double_quant is of method nf4, not of rtn"),
+    "int8 type": ({"quant_type": "nf4"}, ValueError, "int8 has no setting quant_type; it has threshold"),
+    "int8 blocksize": ({"blocksize": 64}, ValueError, "int8 has no setting blocksize; it has threshold, keep_outliers"),
+    "rtn double": (
+        {"method": "rtn", "double_quant": True},
+        ValueError,
+        "rtn has no setting double_quant; it has bits",
+    ),
     "all skipped": ({"skip": ["up", "down", "lm_head"]}, ValueError, "Model has no torch.nn.Linear.*\n.*as asked"),
 }
 
