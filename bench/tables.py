@@ -1,7 +1,7 @@
 """Markdown tables of measured figures, made from JSON files of two kinds.
 
-One kind is what ``octavo bench FAMILY --out DIR`` writes: see `octavo.bench.common.Record`. The other is a table as it is
-shown, with ``title``, ``text``, ``machine``, ``command``, ``columns``, ``rows`` and ``notes``::
+One kind is what ``octavo bench FAMILY --out DIR`` writes: see `octavo.bench.common.Record`. The other is a table as it
+is shown, with ``title``, ``text``, ``machine``, ``command``, ``columns``, ``rows`` and ``notes``::
 
     python -m octavo.bench.tables results/*.json           # print the tables of some files
     python -m octavo.bench.tables docs/measured            # write docs/measured/PAGE.md from the folders PAGE in it
