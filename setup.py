@@ -1,19 +1,21 @@
-"""Builds octavo._C: the CPU kernels always, the CUDA kernels when an nvcc toolkit is found.
+"""Builds octavo._C: the CPU kernels always, the CUDA kernels when a GPU is visible, torch is a CUDA build or
+TORCH_CUDA_ARCH_LIST names architectures (_build/cuda_kernels.py).
 
 OCTAVO_CUDA=0 builds without CUDA, OCTAVO_CUDA=1 insists on it; OCTAVO_DEBUG=1 builds with -O0 -g; MAX_JOBS limits the
-parallel compilations; TORCH_CUDA_ARCH_LIST replaces the default architectures.
+parallel compilations.
 """
 
 import os
 import re
-import shutil
-import subprocess
 import sys
 from glob import glob
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "_build"))
+import cuda_kernels
+
 DEBUG = os.environ.get("OCTAVO_DEBUG", "0") == "1"
 OPTIMIZE = ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
 # One meaning on every machine: no contraction into fma, no fast-math; where fma is meant, it is written.
@@ -33,34 +35,29 @@ NVCC_FLAGS = ["-O0", "-g"] if DEBUG else ["-O3"]
 NVCC_FLAGS += ["-std=c++20", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 
 
-def cuda_toolkit() -> str | None:
-    """The folder of a CUDA toolkit: nvcc, headers, static runtime. None when there is none, or CUDA is off."""
-    wanted = os.environ.get("OCTAVO_CUDA", "auto")
-    if wanted not in ("0", "1", "auto"):
-        sys.exit(f"OCTAVO_CUDA must be 0, 1 or auto, got {wanted!r}")
-    if wanted == "0":
-        return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if nvcc := shutil.which("nvcc"):  # possibly a wrapper script: nvcc itself knows where its toolkit is
-        dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-        found = re.search(r"#\$ TOP=(\S+)", subprocess.run(dry_run, capture_output=True, text=True).stderr)
-        homes.append(os.path.realpath(found.group(1)) if found else None)
-    homes += ["/usr/local/cuda", *(os.path.join(path, "nvidia", "cu13") for path in sys.path)]
-    for home in filter(None, homes):
-        if os.path.exists(f"{home}/bin/nvcc") and os.path.exists(f"{home}/include/cuda_runtime.h"):
-            return os.path.realpath(home)
-    if wanted == "1":
-        sys.exit(
-            "OCTAVO_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to a folder with bin/nvcc and "
-            "include/cuda_runtime.h, or leave OCTAVO_CUDA unset to build for the CPU only"
-        )
-    return None
+class BuildPy(build_py):
+    """Without the modules that an earlier checkout left in the build folder, which setuptools would package."""
+
+    def run(self):
+        if not self.editable_mode:
+            for path in glob(f"{self.build_lib}/octavo/**/*.py", recursive=True):
+                os.remove(path)
+        super().run()
 
 
 def extension():
-    import pybind11
     import torch
     from torch.utils import cpp_extension
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            # torch refuses an nvcc of another major version than its own CUDA, for the sake of libraries that octavo
+            # does not link: it brings its own CUDA runtime and calls torch by the stable ABI alone.
+            check, cpp_extension._check_cuda_version = cpp_extension._check_cuda_version, lambda *_: None
+            try:
+                super().build_extensions()
+            finally:
+                cpp_extension._check_cuda_version = check
 
     # The stable ABI of torch 2.13: https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html
     macros = [("TORCH_TARGET_VERSION", "0x020D000000000000")]
@@ -69,23 +66,22 @@ def extension():
         for path in glob("csrc/**/*.cpp", recursive=True)
         if not path.endswith("_simt.cpp") and not path.startswith("csrc/simt/")
     ]
-    includes, options = [os.path.abspath("csrc"), pybind11.get_include()], {}
-    home = cuda_toolkit()
-    if home and torch.version.hip is None:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHS)
-        cpp_extension.CUDA_HOME = home  # BuildExtension compiles .cu by this nvcc, with a CPU torch too
-        sources += glob("csrc/**/*.cu", recursive=True)
-        # One word for the compilers' command lines, "sm75_sm80_ptx"; module.cpp makes it readable again.
-        names = archs.replace("+PTX", ";ptx").replace(".", "").replace(" ", ";").split(";")
-        word = "_".join(name if name == "ptx" else f"sm{name}" for name in names)
-        macros += [("OCTAVO_WITH_CUDA", None), ("OCTAVO_CUDA_ARCHS", word)]
-        includes.append(f"{home}/include")
-        library = next(path for path in (f"{home}/lib64", f"{home}/lib") if os.path.isdir(path))
-        options = {"libraries": ["cudart_static", "rt", "dl", "pthread"], "library_dirs": [library]}
-        print(f"octavo: CUDA kernels for {archs} by {home}")
-    else:
-        print("octavo: CPU kernels only (no CUDA toolkit, or OCTAVO_CUDA=0)")
+    # No path of pip's build environment, which has another name each time, may get into the commands: ninja would
+    # compile everything again. pybind11 is the one in torch/include.
+    includes, options = [os.path.abspath("csrc")], {}
     flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    chosen, why = cuda_kernels.choose(os.environ, torch.version.cuda, torch.version.hip)
+    if chosen is not None:
+        cpp_extension.CUDA_HOME = chosen.home  # BuildExtension compiles .cu by this nvcc, with a CPU torch too
+        sources += glob("csrc/**/*.cu", recursive=True)
+        macros += [("OCTAVO_WITH_CUDA", None), ("OCTAVO_CUDA_ARCHS", chosen.word)]
+        flags["nvcc"] = NVCC_FLAGS + chosen.flags
+        includes.append(f"{chosen.home}/include")
+        library = next(path for path in (f"{chosen.home}/lib64", f"{chosen.home}/lib") if os.path.isdir(path))
+        options = {"libraries": ["cudart_static", "rt", "dl", "pthread"], "library_dirs": [library]}
+        print(f"octavo: CUDA kernels for {chosen.word.replace('_', ' ')} by {chosen.home} ({why})")
+    else:
+        print(f"octavo: CPU kernels only ({why}); OCTAVO_CUDA=1 builds the CUDA kernels")
     module = cpp_extension.CppExtension(
         "octavo._C",
         sorted(sources),
@@ -95,13 +91,13 @@ def extension():
         extra_compile_args=flags,
         **options,
     )
-    return module, cpp_extension.BuildExtension
+    return module, BuildExtension
 
 
 with open("python/octavo/_version.py") as file:
     version = re.search(r'__version__ = "(.+)"', file.read()).group(1)
-modules, commands = [], {}
+modules, commands = [], {"build_py": BuildPy}
 if not {"egg_info", "dist_info", "sdist"} & set(sys.argv):  # metadata needs no torch
     module, build_ext = extension()
-    modules, commands = [module], {"build_ext": build_ext}
+    modules, commands["build_ext"] = [module], build_ext
 setup(version=version, ext_modules=modules, cmdclass=commands)

@@ -33,22 +33,42 @@ class _Plan(ctypes.Structure):  # ggml_cplan; what newer versions append fits th
     ]
 
 
-def _folder() -> Path:
-    """Where libggml-base.so and libggml-cpu.so are: OCTAVO_GGML, or in the package llama-cpp-python."""
+def _files() -> tuple[Path, Path]:
+    """The libraries with the functions of ggml-base and of ggml-cpu: from OCTAVO_GGML, xllamacpp or llama-cpp-python.
+
+    OCTAVO_GGML is a folder with both, or one library with all of ggml, as xllamacpp has it in its Python module.
+    """
     if given := os.environ.get("OCTAVO_GGML"):
-        return Path(given)
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or spec.origin is None:
-        raise ImportError("needs llama-cpp-python, or OCTAVO_GGML, a folder with libggml-base.so and libggml-cpu.so")
-    return Path(spec.origin).parent / "lib"
+        folder = Path(given)
+        if folder.is_file():
+            return folder, folder
+    elif (package := _package("xllamacpp")) is not None:
+        modules = sorted(package.glob("xllamacpp*.so"))
+        if not modules:
+            raise ImportError(f"{package} holds no xllamacpp*.so: set OCTAVO_GGML, or pip install xllamacpp")
+        return modules[0], modules[0]
+    elif (package := _package("llama_cpp")) is not None:
+        folder = package / "lib"
+    else:
+        raise ImportError(
+            "needs ggml: pip install xllamacpp, or set OCTAVO_GGML to a folder with libggml-base.so and libggml-cpu.so"
+        )
+    return folder / "libggml-base.so", folder / "libggml-cpu.so"
+
+
+def _package(name: str) -> Path | None:
+    """The folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(name)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 @functools.cache
 def _library() -> tuple[ctypes.CDLL, ctypes.CDLL]:
-    folder = _folder()
+    base_file, cpu_file = _files()
+    # The two libraries of a folder find each other's symbols; one that holds all must not lend its own to others.
+    mode = ctypes.RTLD_LOCAL if base_file == cpu_file else ctypes.RTLD_GLOBAL
     try:
-        base = ctypes.CDLL(str(folder / "libggml-base.so"), mode=ctypes.RTLD_GLOBAL)
-        cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), mode=ctypes.RTLD_GLOBAL)
+        base, cpu = ctypes.CDLL(str(base_file), mode=mode), ctypes.CDLL(str(cpu_file), mode=mode)
     except OSError as error:
         raise ImportError(f"cannot load ggml: {error}") from None
     for library, name, result, arguments in (

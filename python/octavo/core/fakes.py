@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C  # noqa: F401  registers the operators
+from .no_cuda import CUDA_BUILT, refuse_cuda
 
 _registered: dict[str, Callable[..., Any]] = {}
 
@@ -19,6 +20,8 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _registered[name] = function
         torch.library.register_fake(f"octavo::{name}", function)
+        if not CUDA_BUILT:
+            refuse_cuda(name)
         return function
 
     return register

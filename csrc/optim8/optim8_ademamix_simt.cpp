@@ -1,0 +1,1 @@
+#include "optim8/optim8_ademamix_cuda.cu"

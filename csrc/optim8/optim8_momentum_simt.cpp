@@ -1,0 +1,1 @@
+#include "optim8/optim8_momentum_cuda.cu"
