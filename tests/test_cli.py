@@ -306,6 +306,19 @@ def test_demo_shows_what_runs(monkeypatch, source):
     assert list(phases.seconds) == ["quantizing", "speed"]
 
 
+def test_demo_parses_a_gguf_file_once(monkeypatch):
+    import gguf
+
+    parsed = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
+    before = gguf.GGUFReader
+    with demo._parsed_once():
+        assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader("a.gguf")
+        assert gguf.GGUFReader("b.gguf") is not gguf.GGUFReader("a.gguf")
+    assert parsed == ["a.gguf", "b.gguf"]
+    assert gguf.GGUFReader is before
+
+
 def test_demo_progress_is_drawn_on_a_terminal_alone():
     drawn = {}
     for terminal in (True, False):

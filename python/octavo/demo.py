@@ -7,13 +7,14 @@ sees the same tokens, and the speeds are taken in turns, so that all of them mee
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from .optim import AdamW8bit
 from .quantize import quantize_model
 
 CONTEXT = 512
+_SPEED_TOKENS = 256  # of the prompt that speeds are taken with
 _TRAIN_TOKENS = 64  # of the gradient that the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
@@ -158,7 +160,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with _Phases(Console(file=sys.stderr, highlight=False)) as phases:
         phases.begin("reading SmolLM2-135M-Instruct")
-        with redirect_stderr(io.StringIO()):  # transformers draws bars there, which none of its options hides
+        # transformers draws bars on standard error, which none of its options hides.
+        with _parsed_once(), redirect_stderr(io.StringIO()):
             reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
         ids = _tokens(tokenizer, _TEXT, windows)
         calibration = _tokens(tokenizer, _CALIBRATION_TEXT, _CALIBRATION_WINDOWS)
@@ -178,7 +181,12 @@ def run(
         scores = _score(reference, candidates, ids, lambda n, i: phases.turn(f"window {n} of {len(ids)}: {names[i]}"))
         phases.begin("speed", rounds * len(names))
         speeds = evaluate.speed(
-            candidates, ids[0], 9, rounds, True, lambda n, i: phases.turn(f"round {n} of {rounds}: {names[i]}")
+            candidates,
+            ids[0, :_SPEED_TOKENS],
+            9,
+            rounds,
+            True,
+            lambda n, i: phases.turn(f"round {n} of {rounds}: {names[i]}"),
         )
         phases.begin("answers", len(names))
         samples = []
@@ -322,6 +330,22 @@ def _need_matplotlib() -> None:
         raise models.ModelError("matplotlib is missing: pip install 'octavo[demo]'") from None
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration, the weights and the tokenizer each; here once for all."""
+    try:
+        import gguf
+    except ImportError:  # `models` says so
+        yield
+        return
+    parse = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(parse)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = parse
+
+
 class _Phases:
     """What runs: on a terminal a line with the phase, the row and a count, elsewhere one line for each phase.
 
@@ -427,7 +451,7 @@ def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> Non
         notes,
         f"layers: the {record['layers']} that are quantized; bits: per weight of them. KL: nats per token from "
         f"{rows[0].name}. The model is shipped on a 4-bit grid, which flatters low bits a little. Speeds are medians "
-        f"of interleaved rounds, prompt {CONTEXT} tokens, batch 1.",
+        f"of interleaved rounds, prompt of {_SPEED_TOKENS} tokens, batch 1.",
         f"{machine['cpu']}, {machine['isa']}, threads={machine['threads']}, torch {machine['versions']['torch']}",
     ):
         console.print(note, style="dim", markup=False)
@@ -458,7 +482,7 @@ def _plot(rows: Sequence[Row], path: Path, record: dict[str, Any]) -> None:
     panels = (
         ("quantized layers, MB", [row.layer_bytes / 1e6 for row in rows], ".0f"),
         ("KL to fp32, nats per token", [row.kl for row in rows], ".4f"),
-        (f"prefill of {CONTEXT}, tokens/s", [row.prefill for row in rows], ".0f"),
+        (f"prefill of {_SPEED_TOKENS}, tokens/s", [row.prefill for row in rows], ".0f"),
         ("decode, tokens/s", [row.decode for row in rows], ".1f"),
     )
     size = (3.1 * len(panels) + 1.6, 0.45 * len(rows) + 1.3)  # inches
