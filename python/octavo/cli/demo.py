@@ -7,11 +7,14 @@ sees the same tokens, and the speeds are taken in turns, so that all of them mee
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,10 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
+from rich.text import Text
+from torch import Tensor, nn
 
 from .. import models
 from .._version import __version__
@@ -35,12 +39,13 @@ from ..models.texts import prose
 from ..optim import AdamW8bit
 
 CONTEXT = 512
+_SPEED_TOKENS = 256  # of the prompt that speeds are taken with
 _TRAIN_TOKENS = 64  # of the gradient that the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
 _TEXT = ("execmodel", "import", "objects")
 _CALIBRATION_TEXT = ("types", "compound", "debugger", "strings", "calls")
-_CALIBRATION_WINDOWS = 8
+_CALIBRATION_WINDOWS = 4
 _COLOURS = ("#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe and Ito, one a method
 
 
@@ -106,6 +111,9 @@ def contenders() -> tuple[Contender, ...]:
     for number, method in enumerate(all_methods().values()):
         for title, settings, note in method.showcase:
             colour = _COLOURS[number % len(_COLOURS)]
+            if method.needs_calibration:
+                windows = f"{_CALIBRATION_WINDOWS} x {CONTEXT} tokens"
+                note = f"calibrated on {windows}, to be quick; `octavo quantize` takes 128 sequences"
             rows.append(Contender(title, _quantized(method, settings), note, colour))
     return tuple(rows)
 
@@ -123,51 +131,60 @@ def run(
         ModelError: a package of the extra "demo" is missing.
         OSError: `out` cannot be written.
     """
-    begin = time.perf_counter()
     methods = contenders() if methods is None else methods
     source = models.smollm2()
     _need_matplotlib()
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with _progress(console) as step:
-        step("reading SmolLM2-135M-Instruct")
-        reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
+    with _Phases(Console(file=sys.stderr, highlight=False)) as phases:
+        phases.begin("reading SmolLM2-135M-Instruct")
+        # transformers draws bars on standard error, which none of its options hides.
+        with _parsed_once(), redirect_stderr(io.StringIO()):
+            reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
         ids = _tokens(tokenizer, _TEXT, windows)
         calibration = _tokens(tokenizer, _CALIBRATION_TEXT, _CALIBRATION_WINDOWS)
-        candidates = []
-        for method in methods:
-            step(f"quantizing: {method.name}")
-            model = reference if method.apply is None else method.apply(copy.deepcopy(reference), calibration)
-            candidates.append(model)
-        scores = _score(reference, candidates, ids, step)
-        step("speed, in turns")
-        speeds = evaluate.speed(candidates, ids[0], steps=9, rounds=rounds, warm=True)
-        step("samples")
-        samples = [_sample(model, tokenizer) for model in candidates]
-        step("one training step, in turns")
-        optimizers = _optimizers(reference, calibration[0, :_TRAIN_TOKENS])
-    layers = _quantized_layers(candidates)
-    rows = [
-        Row(
-            method.name,
-            *_bits(reference, model, layers),
-            sum(evaluate.model_bytes(model.get_submodule(name)) for name in layers),
-            evaluate.model_bytes(model),
-            score.perplexity,
-            score.kl,
-            speed.prefill,
-            speed.decode,
-            sample,
-            method.note,
+        names = [method.name for method in methods]
+        phases.begin("quantizing")
+        candidates = [_make(method, reference, calibration, phases) for method in methods]
+        layers = _quantized_layers(candidates)
+        sizes = [
+            (
+                *_bits(reference, model, layers),
+                sum(evaluate.model_bytes(model.get_submodule(name)) for name in layers),
+                evaluate.model_bytes(model),
+            )
+            for model in candidates
+        ]
+        phases.begin("accuracy", len(ids) * len(names))
+        scores = _score(reference, candidates, ids, lambda n, i: phases.turn(f"window {n} of {len(ids)}: {names[i]}"))
+        phases.begin("speed", rounds * len(names))
+        speeds = evaluate.speed(
+            candidates,
+            ids[0, :_SPEED_TOKENS],
+            9,
+            rounds,
+            True,
+            lambda n, i: phases.turn(f"round {n} of {rounds}: {names[i]}"),
         )
-        for method, model, score, speed, sample in zip(methods, candidates, scores, speeds, samples, strict=True)
+        phases.begin("answers", len(names))
+        samples = []
+        for name, model in zip(names, candidates, strict=True):
+            phases.turn(name)
+            samples.append(_sample(model, tokenizer))
+        del model, candidates  # what a training step needs goes into their memory
+        phases.begin("one training step, in turns")
+        optimizers = _optimizers(reference, calibration[0, :_TRAIN_TOKENS])
+    rows = [
+        Row(method.name, *size, score.perplexity, score.kl, speed.prefill, speed.decode, sample, method.note)
+        for method, size, score, speed, sample in zip(methods, sizes, scores, speeds, samples, strict=True)
     ]
-    record = _record(ids, rows, optimizers, len(layers), time.perf_counter() - begin)
+    record = _record(ids, rows, optimizers, len(layers), phases.seconds)
     (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _plot(rows, folder / "demo.png", record)
     _print(console, rows, record)
     _print_optimizers(console, optimizers, record)
-    console.print(f"written: {folder / 'demo.json'}, {folder / 'demo.png'}; {record['seconds']:.0f} s in all")
+    written = f"written: {folder / 'demo.json'}, {folder / 'demo.png'}; {record['seconds']:.0f} s in all"
+    console.print(written, soft_wrap=True, markup=False)
     return rows
 
 
@@ -176,12 +193,38 @@ def _tokens(tokenizer: Any, topics: Sequence[str], windows: int) -> Tensor:
     return evaluate.windows(ids, CONTEXT, windows)
 
 
-def _score(reference: Any, candidates: Sequence[Any], ids: Tensor, step: Callable[[str], None]) -> list[evaluate.Score]:
+def _make(method: Contender, reference: Any, calibration: Tensor, phases: _Phases) -> Any:
+    """The model of a row. `quantize_model` exchanges layers by `set_submodule`, which is where they are counted."""
+    phases.show(method.name)
+    if method.apply is None:
+        return reference
+    model = copy.deepcopy(reference)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    total = sum(model.get_submodule(name) is not model.get_output_embeddings() for name in linear)
+    exchange, done = model.set_submodule, 0
+
+    def counted(*arguments: Any, **keywords: Any) -> None:
+        nonlocal done
+        exchange(*arguments, **keywords)
+        done += 1
+        phases.show(f"{method.name}: layer {done} of {total}", done, total)
+
+    model.set_submodule = counted
+    try:
+        return method.apply(model, calibration)
+    finally:
+        del model.set_submodule
+
+
+def _score(
+    reference: Any, candidates: Sequence[Any], ids: Tensor, begin: Callable[[int, int], object]
+) -> list[evaluate.Score]:
+    """`begin` is called before each turn with the window's number and the candidate's index."""
     scores = [evaluate.Score() for _ in candidates]
     for number, window in enumerate(ids, 1):
-        step(f"text, window {number} of {len(ids)}")
         exact = evaluate.log_probabilities(reference, window)
-        for model, score in zip(candidates, scores, strict=True):
+        for index, (model, score) in enumerate(zip(candidates, scores, strict=True)):
+            begin(number, index)
             log_probs = exact if model is reference else evaluate.log_probabilities(model, window)
             score.add(log_probs, window, exact)
     return scores
@@ -253,13 +296,73 @@ def _need_matplotlib() -> None:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], None]]:
-    with console.status("") as status:
-        yield lambda what: status.update(f"{what} ...")
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration, the weights and the tokenizer each; here once for all."""
+    try:
+        import gguf
+    except ImportError:  # `models` says so
+        yield
+        return
+    parse = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(parse)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = parse
+
+
+class _Phases:
+    """What runs: on a terminal a line with the phase, the row and a count, elsewhere one line for each phase.
+
+    Attributes:
+        seconds: of each phase so far.
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn())
+        live = console.is_terminal
+        # What draws in the background takes time from what is measured: it draws seldom.
+        self._bar = Progress(
+            *columns, console=console, transient=True, refresh_per_second=4, redirect_stderr=False, disable=not live
+        )
+        self._console, self._live, self._turns = console, live, 0
+        self._name, self._began = "", 0.0
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> _Phases:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self._bar.stop()
+
+    def begin(self, name: str, turns: int | None = None) -> None:
+        """A phase, of so many turns, ends the one before."""
+        self._end()
+        self._name, self._began, self._turns = name, time.perf_counter(), 0
+        self._task = self._bar.add_task(name, total=turns)
+        if not self._live:
+            self._console.print(f"octavo demo: {name}", soft_wrap=True)
+
+    def turn(self, what: str) -> None:
+        """The next turn of the phase begins."""
+        self.show(what, self._turns)
+        self._turns += 1
+
+    def show(self, what: str, completed: int = 0, total: int | None = None) -> None:
+        """What of the phase runs."""
+        self._bar.update(self._task, description=f"{self._name} {what}", completed=completed, total=total)
+
+    def _end(self) -> None:
+        if self._name:
+            self.seconds[self._name] = time.perf_counter() - self._began
+            self._bar.remove_task(self._task)
+        self._name = ""
 
 
 def _record(
-    ids: Tensor, rows: Sequence[Row], optimizers: Sequence[OptimizerRow], layers: int, seconds: float
+    ids: Tensor, rows: Sequence[Row], optimizers: Sequence[OptimizerRow], layers: int, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     return {
         "schema": 1,
@@ -268,7 +371,8 @@ def _record(
         "text": f"{len(ids)} x {ids.shape[1]} tokens of Python's language reference",
         "prompt": PROMPT,
         "layers": layers,
-        "seconds": seconds,
+        "seconds": sum(seconds.values()),
+        "phases": dict(seconds),
         "peak_memory": evaluate.peak_memory(),
         "machine": describe_machine(),
         "rows": [asdict(row) for row in rows],
@@ -276,55 +380,59 @@ def _record(
     }
 
 
+def _table(*headings: str) -> Table:
+    """A table of names and numbers. In a narrow terminal the names are folded, and nothing is cut."""
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(
+            heading, justify="right" if index else "left", vertical="bottom", overflow="fold", no_wrap=index > 0
+        )
+    return table
+
+
 def _print(console: Console, rows: Sequence[Row], record: dict[str, Any]) -> None:
     machine = record["machine"]
-    table = Table(title=f"{record['model']}, {record['text']}", box=SIMPLE_HEAD, collapse_padding=True)
-    table.add_column("method", no_wrap=True)
-    for heading in (
-        "bits real\n(nominal)",
-        "layers\nMB",
-        "model\nMB",
-        "perplexity",
-        "KL\n/token",
-        "prefill\ntok/s",
-        "decode\ntok/s",
-    ):
-        table.add_column(heading, justify="right", vertical="bottom")
+    size = _table("size", "bits\nstored", "bits\nnominal", "layers\nMB", "\n%", "model\nMB", "\n%")
+    found = _table("accuracy and speed", "perplexity", "KL\n/token", "prefill\ntokens/s", "decode\ntokens/s")
     for row in rows:
-        table.add_row(
+        size.add_row(
             row.name,
-            f"{row.real_bits:.2f} ({row.nominal_bits:.2f})"
-            if row.real_bits != row.nominal_bits
-            else f"{row.real_bits:g}",
-            f"{row.layer_bytes / 1e6:.0f} {row.layer_bytes / rows[0].layer_bytes:4.0%}",
-            f"{row.model_bytes / 1e6:.0f} {row.model_bytes / rows[0].model_bytes:4.0%}",
-            f"{row.perplexity:.2f}",
-            f"{row.kl:.4f}",
-            f"{row.prefill:.0f}",
-            f"{row.decode:.1f}",
+            f"{row.real_bits:.2f}",
+            f"{row.nominal_bits:.2f}",
+            f"{row.layer_bytes / 1e6:.0f}",
+            f"{row.layer_bytes / rows[0].layer_bytes:.0%}",
+            f"{row.model_bytes / 1e6:.0f}",
+            f"{row.model_bytes / rows[0].model_bytes:.0%}",
         )
-    console.print(table)
+        perplexity = f"{row.perplexity:.2f}" if row.perplexity < 1e5 else f"{row.perplexity:.2g}"
+        found.add_row(row.name, perplexity, f"{row.kl:.4f}", f"{row.prefill:.0f}", f"{row.decode:.1f}")
+    console.print(f"{record['model']}, {record['text']}", style="italic", markup=False)
+    console.print(size)
+    console.print(found)
     notes = "; ".join(f"{row.name}: {row.note}" for row in rows if row.note)
-    console.print(
-        f"{notes}\nlayers: the {record['layers']} that are quantized; bits: per weight of them. KL: nats per token "
-        f"from {rows[0].name}. The model is shipped on a 4-bit grid, which flatters low bits a little. "
-        f"Speeds are medians of interleaved rounds, prompt {CONTEXT} tokens, batch 1.\n{machine['cpu']}, "
-        f"{machine['isa']}, threads={machine['threads']}, torch {machine['versions']['torch']}",
-        style="dim",
-    )
-    console.print(f"\n{PROMPT}")
+    for note in (
+        notes,
+        f"layers: the {record['layers']} that are quantized; bits: per weight of them. KL: nats per token from "
+        f"{rows[0].name}. The model is shipped on a 4-bit grid, which flatters low bits a little. Speeds are medians "
+        f"of interleaved rounds, prompt of {_SPEED_TOKENS} tokens, batch 1.",
+        f"{machine['cpu']}, {machine['isa']}, threads={machine['threads']}, torch {machine['versions']['torch']}",
+    ):
+        console.print(note, style="dim", markup=False)
+    console.print(f"\n{PROMPT}", style="italic", markup=False)
+    answers = Table(box=None, pad_edge=False, show_header=False)
+    answers.add_column(style="bold", overflow="fold")
+    answers.add_column(overflow="fold", ratio=1)
     for row in rows:
-        console.print(f"[bold]{row.name}[/bold]  {escape(' '.join(row.sample.split()))}")
+        answers.add_row(Text(row.name), Text(" ".join(row.sample.split())))
+    console.print(answers)
 
 
 def _print_optimizers(console: Console, rows: Sequence[OptimizerRow], record: dict[str, Any]) -> None:
-    table = Table(title=f"one optimizer step on {record['model']}, fp32 parameters", box=SIMPLE_HEAD)
-    table.add_column("optimizer", no_wrap=True)
-    table.add_column("state, MB", justify="right")
-    table.add_column("ms / step", justify="right")
+    console.print(f"\nOne optimizer step on {record['model']}, fp32 parameters", style="italic", markup=False)
+    table = _table("optimizer", "state\nMB", "\n%", "ms\n/step")
     for row in rows:
-        share = f"{row.state_bytes / rows[0].state_bytes:4.0%}"
-        table.add_row(row.name, f"{row.state_bytes / 1e6:.0f} {share}", f"{row.step_s * 1e3:.0f}")
+        share = f"{row.state_bytes / rows[0].state_bytes:.0%}"
+        table.add_row(row.name, f"{row.state_bytes / 1e6:.0f}", share, f"{row.step_s * 1e3:.0f}")
     console.print(table)
 
 
@@ -337,7 +445,7 @@ def _plot(rows: Sequence[Row], path: Path, record: dict[str, Any]) -> None:
     panels = (
         ("quantized layers, MB", [row.layer_bytes / 1e6 for row in rows], ".0f"),
         ("KL to fp32, nats per token", [row.kl for row in rows], ".4f"),
-        (f"prefill of {CONTEXT}, tokens/s", [row.prefill for row in rows], ".0f"),
+        (f"prefill of {_SPEED_TOKENS}, tokens/s", [row.prefill for row in rows], ".0f"),
         ("decode, tokens/s", [row.decode for row in rows], ".1f"),
     )
     size = (3.1 * len(panels) + 1.6, 0.45 * len(rows) + 1.3)  # inches

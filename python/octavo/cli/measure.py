@@ -38,15 +38,21 @@ def measure(
     network = models.load_base(source, method, of_torch, calibration=calibration, **(settings or {}))
     models.check_context(network, context, model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("perplexity", total=len(ids))
 
         def show(score: evaluate.Score) -> None:
             bar.update(task, advance=1, description=f"perplexity {score.perplexity:.3f}")
 
         score = evaluate.perplexity(network, ids, show)
-        bar.update(task, description="speed")
-        (speed,) = evaluate.speed([network], ids[0])
+        rounds = 3
+        turns = bar.add_task("speed", total=rounds)
+        (speed,) = evaluate.speed(
+            [network],
+            ids[0],
+            rounds=rounds,
+            begin=lambda turn, _: bar.update(turns, completed=turn, description=f"speed, round {turn} of {rounds}"),
+        )
     return {
         "model": str(model),
         "text": str(text),

@@ -169,7 +169,7 @@ def _parameter(name: str, entries: list[tuple[Method, dataclasses.Field[Any]]], 
     shown: Any = known.shown or (False if default is None else str(default))
     if kind is bool:
         shown = "on" if default else "off"
-    range_of = {"min": known.least, "max": known.most} if kind in (int, float) else {}
+    range_of: dict[str, Any] = {"min": known.least, "max": known.most} if kind in (int, float) else {}
     described = typer.Option(declared, help=help, show_default=shown, metavar=known.metavar, **range_of)
     annotation = Annotated[kind | None, described]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -121,8 +121,9 @@ class LowBitLinear(FrozenBuffers):
     @property
     def real_bits(self) -> float:
         """Bits per weight as stored, everything counted but the bias."""
-        count = sum(t.numel() * t.element_size() for name in self.tensors if (t := getattr(self, name)) is not None)
-        return 8 * count / max(1, self.in_features * self.out_features)
+        tensors = [tensor for name in self.tensors if (tensor := getattr(self, name)) is not None]
+        stored: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return 8 * stored / max(1, self.in_features * self.out_features)
 
     def figures(self) -> dict[str, Any]:
         """What a report says of the layer beside its size."""

@@ -92,10 +92,13 @@ class Report:
 
     def _mean(self, name: str) -> float | None:
         """The mean of one of the layers' figures, each layer counting as many times as it has weights."""
-        figures = [(layer.figures.get(name), layer.shape[0] * layer.shape[1]) for layer in self.layers]
-        if not figures or any(figure is None for figure, _ in figures):
-            return None
-        return float(sum(figure * count for figure, count in figures)) / sum(count for _, count in figures)
+        total, weights = 0.0, 0
+        for layer in self.layers:
+            if (figure := layer.figures.get(name)) is None:
+                return None
+            count = layer.shape[0] * layer.shape[1]
+            total, weights = total + float(figure) * count, weights + count
+        return total / weights if self.layers else None
 
     @property
     def nominal_bits(self) -> float | None:

@@ -161,8 +161,9 @@ class Settings:
                 raise ValueError(unknown_method(self.method, unquantized=True)) from None
             raise
         if base is None:
-            if given := [*self.quantization, *(("calibration",) if self.calibration is not None else ())]:
-                raise ValueError(f"{', '.join(given)}: for a quantized base, not for method {self.method}")
+            idle = [*self.quantization, *(("calibration",) if self.calibration is not None else ())]
+            if idle:
+                raise ValueError(f"{', '.join(idle)}: for a quantized base, not for method {self.method}")
             return
         method, given = base
         method.check_calibration(method.settings(given), self.calibration)

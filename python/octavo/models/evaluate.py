@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import sys
@@ -87,7 +88,14 @@ class Speed:
         return 1.0 / statistics.median(self.step_seconds)
 
 
-def speed(models: Iterable[Any], prompt: Tensor, steps: int = 16, rounds: int = 3, warm: bool = False) -> list[Speed]:
+def speed(
+    models: Iterable[Any],
+    prompt: Tensor,
+    steps: int = 16,
+    rounds: int = 3,
+    warm: bool = False,
+    begin: Callable[[int, int], object] | None = None,
+) -> list[Speed]:
     """Prefill and greedy decoding of several models, interleaved, so that all meet the same state of the machine.
 
     Args:
@@ -96,11 +104,14 @@ def speed(models: Iterable[Any], prompt: Tensor, steps: int = 16, rounds: int = 
         steps: tokens to decode after it in each round.
         rounds: to measure.
         warm: the models have run already; else one more round comes first and is not counted.
+        begin: called before each turn with the round (0 is the one that is not counted) and the model's index.
     """
     models = list(models)
     speeds = [Speed(len(prompt)) for _ in models]
     for counted in range(warm, rounds + 1):
-        for model, result in zip(models, speeds, strict=True):
+        for index, (model, result) in enumerate(zip(models, speeds, strict=True)):
+            if begin is not None:
+                begin(counted, index)
             seconds, step_seconds, _ = generate(model, prompt, steps)
             if counted:
                 result.prefill_seconds.append(seconds)
@@ -113,17 +124,28 @@ def generate(model: Any, prompt: Tensor, steps: int, stop: Iterable[int] = ()) -
     device = next(model.parameters()).device
     stops, ids, seconds = set(stop), prompt[None].to(device), []
     chosen: list[int] = []
-    cache = None
+    cache: dict[str, Any] = {}
     with torch.inference_mode():
         while len(chosen) < steps:
             begin = _now(device)
-            out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            out = model(ids, **cache, use_cache=True, logits_to_keep=1)
+            ids = out.logits[:, -1:].argmax(-1)
             seconds.append(_now(device) - begin)
+            cache = cache_of(model, out)
             chosen.append(int(ids))
             if chosen[-1] in stops:
                 break
     return seconds[0], seconds[1:], chosen
+
+
+def cache_of(model: Any, output: Any) -> dict[str, Any]:
+    """The key-value cache in a causal model's output, as the keyword argument that continues from it.
+
+    transformers 5.0 calls it `past_key_values`, later releases `cache`, and warn of the other name.
+    """
+    cache = output.cache if hasattr(output, "cache") else output.past_key_values
+    older = not hasattr(output, "cache") or "past_key_values" in inspect.signature(model.forward).parameters
+    return {"past_key_values" if older else "cache": cache}
 
 
 def _now(device: torch.device) -> float:

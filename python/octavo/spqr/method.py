@@ -227,7 +227,7 @@ class SpQR(_Calibrated):
         def preset(self, **given: Any) -> SpQRConfig:
             return SpQRConfig(**given)
 
-    showcase: ClassVar[tuple[Showcase, ...]] = (Showcase("SpQR, 3 bits", {"bits": 3, "group_size": 16}, "calibrated"),)
+    showcase: ClassVar[tuple[Showcase, ...]] = (Showcase("SpQR, 3 bits", {"bits": 3, "group_size": 16}),)
 
 
 @register("gptq")
@@ -273,5 +273,7 @@ class RTN(_Calibrated):
             return SpQRConfig.rtn(**given)
 
     showcase: ClassVar[tuple[Showcase, ...]] = (
-        Showcase("RTN, 3 bits", {"bits": 3, "group_size": 16}, "round to nearest: what SpQR is up against"),
+        Showcase(
+            "RTN, 3 bits", {"bits": 3, "group_size": 16}, "round to nearest, groups of 16: what SpQR is up against"
+        ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 
@@ -20,6 +21,7 @@ from octavo.cli import demo  # noqa: E402
 from octavo.integrations.bitsandbytes import to_bitsandbytes_state  # noqa: E402
 from octavo.models import evaluate  # noqa: E402
 from octavo.nn import Int8Linear, NF4Linear  # noqa: E402
+from rich.console import Console  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 # ---- what works ----------------------------------------------------------------------------------------------------
@@ -212,6 +214,92 @@ def test_demo(monkeypatch, source, tmp_path):
     assert small["name"] == "octavo AdamW8bit"
     assert small["state_bytes"] < 0.5 * full["state_bytes"]  # of so small a model, some tensors keep fp32 state
     assert full["step_s"] > 0 and small["step_s"] > 0
+    phases = ["reading SmolLM2-135M-Instruct", "quantizing", "accuracy", "speed", "answers"]
+    assert list(record["phases"]) == [*phases, "one training step, in turns"]
+    assert result.stderr.splitlines() == [f"octavo demo: {phase}" for phase in record["phases"]]
+    assert result.stdout.startswith("SmolLM2-135M-Instruct, 2 x 128 tokens")  # and no word of progress before it
+
+
+def test_demo_shows_what_runs(monkeypatch, source):
+    shown = []
+    monkeypatch.setattr(demo.Progress, "update", lambda self, task, **what: shown.append(what))
+    reference = models.load_model(models.find_source(source))
+    ids = torch.arange(64).reshape(2, 32)
+    with demo._Phases(Console(file=io.StringIO(), force_terminal=True, width=80)) as phases:
+        phases.begin("quantizing")
+        candidates = [demo._make(method, reference, ids, phases) for method in demo.METHODS]
+        seen = {what["description"]: (what["completed"], what["total"]) for what in shown}
+        assert [seen[f"quantizing SpQR, 3 bits: layer {n} of 14"] for n in (1, 7, 14)] == [(1, 14), (7, 14), (14, 14)]
+        assert {f"quantizing {method.name}" for method in demo.METHODS} < set(seen)
+        shown.clear()
+        phases.begin("speed", 2 * len(candidates))
+        names = [method.name for method in demo.METHODS]
+        evaluate.speed(candidates, ids[0], 2, 2, True, lambda n, i: phases.turn(f"round {n} of 2: {names[i]}"))
+    expected = [f"speed round {n} of 2: {name}" for n in (1, 2) for name in names]
+    assert [what["description"] for what in shown] == expected
+    assert [what["completed"] for what in shown] == list(range(len(expected)))
+    assert "set_submodule" not in {name for model in candidates for name in vars(model)}
+    assert list(phases.seconds) == ["quantizing", "speed"]
+
+
+def test_demo_parses_a_gguf_file_once(monkeypatch):
+    import gguf
+
+    parsed = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
+    before = gguf.GGUFReader
+    with demo._parsed_once():
+        assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader("a.gguf")
+        assert gguf.GGUFReader("b.gguf") is not gguf.GGUFReader("a.gguf")
+    assert parsed == ["a.gguf", "b.gguf"]
+    assert gguf.GGUFReader is before
+
+
+def test_demo_progress_is_drawn_on_a_terminal_alone():
+    drawn = {}
+    for terminal in (True, False):
+        file = io.StringIO()
+        with demo._Phases(Console(file=file, force_terminal=terminal, width=80)) as phases:
+            phases.begin("quantizing", 210)
+            phases.show("SpQR, 3 bits: layer 57 of 210", 57)
+            phases._bar.refresh()
+        drawn[terminal] = file.getvalue()
+    assert "quantizing SpQR, 3 bits: layer 57 of 210" in drawn[True]
+    assert drawn[False] == "octavo demo: quantizing\n"
+
+
+def test_demo_tables_are_whole_in_80_columns():
+    """As a pipe gets them, with the largest plausible numbers: nothing is cut, and no number is broken in two."""
+    widest = ("NF4, double quantization", 32.0, 32.0, 26_428_800_000, 29_876_500_000, 98765.43, 12.3456, 98765.4, 987.6)
+    other = ("SpQR, 3 bits", 4.2613, 4.1912, 2_640_000_000, 2_980_000_000, 1.5e12, 0.0931, 491.4, 25.44)
+    rows = [demo.Row(*fields, "An answer of some length. " * 9, "a note of some length") for fields in (widest, other)]
+    optimizers = [demo.OptimizerRow(name, 1_076_000_000_000, 98.765) for name in ("torch AdamW, fp32 state", "other")]
+    versions = {"torch": "2.13.0+cu130"}
+    machine = {"cpu": "A Processor With A Long Name (R) " * 2, "isa": "avx512", "threads": 128, "versions": versions}
+    text = "10000 x 512 tokens of Python's language reference"
+    record = {"model": "SmolLM2-135M-Instruct", "text": text, "layers": 210, "machine": machine}
+    console = Console(file=io.StringIO(), width=80)
+    demo._print(console, rows, record)
+    demo._print_optimizers(console, optimizers, record)
+    output = console.file.getvalue()
+    assert "…" not in output
+    lines = output.splitlines()
+    assert max(map(len, lines)) <= 80
+    cells = {
+        row.name: [line.split(row.name)[1].split() for line in lines if line.startswith((row.name, " " + row.name))]
+        for row in rows
+    }
+    assert cells[widest[0]][:2] == [
+        ["32.00", "32.00", "26429", "100%", "29876", "100%"],
+        ["98765.43", "12.3456", "98765", "987.6"],
+    ]
+    assert cells[other[0]][:2] == [
+        ["4.26", "4.19", "2640", "10%", "2980", "10%"],
+        ["1.5e+12", "0.0931", "491", "25.4"],
+    ]
+    assert [line.split()[-3:] for line in lines if "torch AdamW" in line] == [["1076000", "100%", "98765"]]
+    for heading in ("stored", "nominal", "perplexity", "/token", "prefill", "decode"):
+        assert heading in output
 
 
 def test_demo_texts_are_prose_and_disjoint():

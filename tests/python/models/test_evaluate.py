@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +87,50 @@ def test_generate_is_greedy_and_stops(logits):
     assert evaluate.generate(model, torch.tensor([3, 5]), 4, stop=(follow[5],))[2] == [follow[5]]
 
 
+def test_generation_warns_of_nothing():
+    """By the names that the installed transformers wants; its logger says a warning once only, which is undone here."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, **sizes)).eval()
+    said: list[str] = []
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("transformers")
+    handler.emit = lambda record: said.append(record.getMessage())
+    if hasattr(logging.Logger.warning_once, "cache_clear"):
+        logging.Logger.warning_once.cache_clear()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            *_, chosen = evaluate.generate(model, torch.arange(7), 3)
+            evaluate.log_probabilities(model, torch.arange(7))
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert said == []
+    with torch.inference_mode():  # and the cache went on from what came before
+        ids = torch.arange(7)
+        for token in chosen:
+            assert int(model(ids[None], use_cache=False).logits[0, -1].argmax()) == token
+            ids = torch.cat((ids, torch.tensor([token])))
+
+
+def test_the_cache_goes_by_the_name_that_the_model_takes():
+    class Old:
+        def forward(self, ids, past_key_values=None):
+            pass
+
+    class New:
+        def forward(self, ids, cache=None):
+            pass
+
+    old, new = SimpleNamespace(past_key_values=7), SimpleNamespace(cache=7)
+    assert evaluate.cache_of(Old(), old) == {"past_key_values": 7}
+    assert evaluate.cache_of(New(), new) == {"cache": 7}
+    assert evaluate.cache_of(Old(), new) == {"past_key_values": 7}  # a model's own code under a new transformers
+
+
 def test_speed_counts_tokens(logits):
     calls = []
 
@@ -98,7 +144,9 @@ def test_speed_counts_tokens(logits):
     turn = [[(id(model), 7), (id(model), 1), (id(model), 1)] for model in models]
     assert calls == (turn[0] + turn[1]) * 3
     calls.clear()
-    evaluate.speed(models, torch.arange(7), steps=3, rounds=2, warm=True)
+    turns = []
+    evaluate.speed(models, torch.arange(7), steps=3, rounds=2, warm=True, begin=lambda *turn: turns.append(turn))
+    assert turns == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert calls == (turn[0] + turn[1]) * 2
     assert [len(s.prefill_seconds) for s in speeds] == [2, 2]
     assert [len(s.step_seconds) for s in speeds] == [4, 4]
