@@ -49,7 +49,7 @@ class Int8(Method):
         threshold: float = option(
             6.0,
             "|x| from which an activation's column is multiplied in 16 bit; 0: never; lower: more accurate, slower",
-            least=0.0,
+            metavar="X",
         )
         keep_outliers: bool = option(False, "keep the weights of outlier columns, found by calibration", command=None)
 
@@ -66,6 +66,8 @@ class Int8(Method):
     )
 
     def check_calibration(self, settings: Settings, calibration: Any) -> None:
+        if isinstance(calibration, str | os.PathLike):
+            raise ValueError("calibration of method int8 must be batches, not the path of a text")
         keep = settings.keep_outliers
         if keep != (calibration is not None):
             given = "keep_outliers=True needs calibration data" if keep else "calibration needs keep_outliers=True"
@@ -74,8 +76,6 @@ class Int8(Method):
             raise ValueError(
                 "keep_outliers=True needs a positive threshold: with threshold 0 there are no outlier columns"
             )
-        if isinstance(calibration, str | os.PathLike):
-            raise ValueError("calibration of method int8 must be batches, not the path of a text")
 
     def quantize(
         self, model: nn.Module, targets: list[Target], settings: Settings, calibration: Any, progress: bool

@@ -44,8 +44,10 @@ class NF4(Method):
             double_quant: whether the scales are quantized, too: 4.127 bits a weight instead of 4.5.
         """
 
-        quant_type: str = option("nf4", "the code book", metavar="|".join(BITS))
-        blocksize: int = option(64, f"weights that share a scale, from {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}")
+        quant_type: str = option("nf4", f"the code book: {', '.join(BITS)}", metavar="TYPE")
+        blocksize: int = option(
+            64, f"weights that share a scale, from {BLOCKSIZES[0]} to {BLOCKSIZES[-1]}", metavar="N"
+        )
         double_quant: bool = option(False, "quantize the scales, too: 4.13 bits a weight instead of 4.5")
 
         def check(self) -> None:

@@ -44,7 +44,7 @@ class _Settings(MethodSettings):
         simulate: keep `torch.nn.Linear` modules, with the weights that the quantized ones stand for.
     """
 
-    bits: int | None = option(None, "bits of a code", least=2, most=4, shown="spqr: 3, else 4")
+    bits: int | None = option(None, "bits of a code", least=2, most=4, metavar="N", shown="spqr: 3, else 4")
     group_size: int | None = option(
         None, "columns that share a scale: 16, 32 or 64", metavar="N", shown="spqr: 16, else 64"
     )
@@ -219,9 +219,9 @@ class SpQR(_Calibrated):
     """
         )
 
-        tau: float | None = option(None, "outlier threshold; the lower, the more", least=0.0, shown="0.2")
+        tau: float | None = option(None, "outlier threshold; the lower, the more", least=0.0, metavar="X", shown="0.2")
         outlier_fraction: float | None = option(
-            None, "the share of outliers, in place of tau", least=0.0, most=0.5, command="outliers"
+            None, "the share of outliers, in place of tau", least=0.0, most=0.5, command="outliers", metavar="X"
         )
 
         def preset(self, **given: Any) -> SpQRConfig:

