@@ -8,7 +8,9 @@
 #include <numeric>
 
 #include "cpu/isa.h"
+#if defined(OCTAVO_TEST_SIMT)
 #include "simt/order.h"
+#endif
 
 namespace kernels {
 namespace {
@@ -27,8 +29,10 @@ std::vector<Backend> backends() {
   std::vector<Backend> all;
   for (const cpu::Isa level : cpu::available())
     all.push_back({std::string("cpu-") + cpu::name_of(level), [=] { cpu::set_isa(level); }, KERNELS_OF(cpu)});
+#if defined(OCTAVO_TEST_SIMT)
   for (const char* order : {"forward", "reverse", "random:1"})
     all.push_back({std::string("simt-") + order, [=] { simt::set_order(order); }, KERNELS_OF(simt)});
+#endif
   return all;
 }
 
