@@ -1,92 +1,35 @@
 """One test body, every machine: the `ops` fixture is the operators on a CPU ISA level, on the host SIMT machine (the
-CUDA sources compiled as C++, in three thread orders) and on a GPU. What this machine lacks is skipped, and said."""
+CUDA sources compiled as C++) and on a GPU. What this machine lacks is skipped, and said."""
 
 from __future__ import annotations
 
 import ctypes
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import os
+from collections.abc import Iterator
 
 import octavo
 import pytest
+import simt_library as library_of_simt
 import torch
+from backends import ALL_ORDERS, BACKENDS, Ops, missing, order_of
 from octavo import _C
-from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-ISAS = ("portable", "avx2", "avx512", "amx")
-ORDERS = ("forward", "reverse", "random:1")
-BACKENDS = (*(f"cpu-{isa}" for isa in ISAS), *(f"simt-{order}" for order in ORDERS), "cuda")
-
-torch.set_num_threads(min(2, torch.get_num_threads()))
-
-
-def missing(backend: str) -> str | None:
-    """Why this machine cannot run a backend; None when it can."""
-    kind, _, detail = backend.partition("-")
-    if kind == "cuda":
-        if not octavo.core.checks.cuda_built():
-            return "octavo was built without CUDA"
-        return None if torch.cuda.is_available() else "no CUDA device"
-    return f"this machine or build has no {detail}" if kind == "cpu" and detail not in _C.build_info()["isa"] else None
+# With pytest-xdist every core has a worker.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 def pytest_report_header() -> list[str]:
     lacking = [f"{backend} ({why})" for backend in BACKENDS if (why := missing(backend))]
+    orders = "all thread orders of simt" if ALL_ORDERS else "one thread order of simt a case (OCTAVO_ALL_ORDERS=1: all)"
     return [
-        f"octavo {octavo.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        f"octavo {octavo.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, {orders}",
         f"octavo backends skipped here: {', '.join(lacking) or 'none'}",
     ]
 
 
-@dataclass
-class Ops:
-    """The operators of one backend: ``ops.int8_mm(a, b)`` takes and returns CPU tensors."""
-
-    backend: str
-    namespace: str
-
-    def __getattr__(self, name: str) -> Callable[..., object]:
-        packet = getattr(getattr(torch.ops, self.namespace), name)
-        device = "cuda" if self.backend == "cuda" else "cpu"
-
-        def call(*args: object, **kwargs: object) -> object:
-            def move(value: object, to: str) -> object:
-                return value.to(to) if isinstance(value, Tensor) else value
-
-            out = packet(*(move(a, device) for a in args), **{k: move(v, device) for k, v in kwargs.items()})
-            return tuple(move(o, "cpu") for o in out) if isinstance(out, (tuple, list)) else move(out, "cpu")
-
-        return call
-
-
 @pytest.fixture(scope="session")
 def simt_library() -> ctypes.CDLL:
-    """The operators over the CUDA sources compiled as C++: built once into build/simt, never part of a wheel."""
-    from torch.utils import cpp_extension
-
-    folder = ROOT / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / "lock"  # left by a build that was killed, it would make the next one wait for ever
-    if lock.exists() and time.time() - lock.stat().st_mtime > 600:
-        lock.unlink()
-    csrc = ROOT / "csrc"
-    families = [path.with_name(path.name.replace("_simt", "")) for path in csrc.glob("*/*_simt.cpp")]
-    operators = [path for path in families if path.exists()]  # decompose_simt.cpp, for one, has no operator of its own
-    sources = [csrc / "ops.cpp", *operators, *csrc.glob("*/*_simt.cpp"), *csrc.glob("simt/*.cpp")]
-    flags = ["-O2", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-DOCTAVO_SIMT"]
-    path = cpp_extension.load(
-        "octavo_simt",
-        sorted(map(str, sources)),
-        extra_include_paths=[str(csrc)],
-        build_directory=str(folder),
-        extra_cflags=[*flags, "-DTORCH_TARGET_VERSION=0x020D000000000000"],
-        is_python_module=False,
-    )
-    octavo.ops.register_fakes("octavo_simt")
-    return ctypes.CDLL(path or str(folder / "octavo_simt.so"))
+    return library_of_simt.load()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -99,8 +42,9 @@ def ops(request: pytest.FixtureRequest) -> Iterator[Ops]:
         yield Ops(backend, "octavo")
     elif kind == "simt":
         library = request.getfixturevalue("simt_library")
-        assert library.octavo_simt_set_order(detail.encode())
-        yield Ops(backend, "octavo_simt")
+        order = detail or order_of(request.node.nodeid)
+        assert library.octavo_simt_set_order(order.encode())
+        yield Ops(f"simt-{order}", "octavo_simt")
         assert library.octavo_simt_set_order(b"forward")
     else:
         before = _C.isa()

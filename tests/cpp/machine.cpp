@@ -72,7 +72,7 @@ void test_barrier() {
   for (int i = 0; i < 4 * kBlock; ++i) want[i] = i / kBlock * kBlock + kBlock - 1 - i % kBlock;
   for (const char* order : {"forward", "reverse", "random:1", "random:4294967295"})
     CHECK(reversed(order, true) == want);
-#if !defined(__SANITIZE_THREAD__)  // there it is a report: tests/simt_bugs
+#if !defined(__SANITIZE_THREAD__)  // there it is a report: tests/cpp/simt_bugs
   // Without the barrier the result depends on the order, and is wrong in each: this is how a missing one shows.
   CHECK(reversed("forward", false) != reversed("reverse", false));
   for (const char* order : {"forward", "reverse", "random:1"}) CHECK(reversed(order, false) != want);

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -19,17 +18,15 @@ def full(t: Tensor) -> Tensor:
 
 
 def in_two_processes(body: Callable[..., None], *arguments: Any, world: int = 2) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     method = "spawn" if torch.cuda.is_initialized() else "fork"  # a fork is sooner there, but has no GPU
-    mp.start_processes(_enter, (body, world, port, arguments), nprocs=world, start_method=method)
+    with tempfile.TemporaryDirectory() as folder:  # a port could be taken by another worker of the tests
+        store = f"file://{folder}/store"
+        mp.start_processes(_enter, (body, world, store, arguments), nprocs=world, start_method=method)
 
 
-def _enter(rank: int, body: Callable[..., None], world: int, port: int, arguments: tuple[Any, ...]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+def _enter(rank: int, body: Callable[..., None], world: int, store: str, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     try:
         body(rank, world, *arguments)
     finally:

@@ -176,7 +176,7 @@ def test_kernels_ask_the_architecture_only_for_800():
     """Two front ends, compute_75 and compute_80, serve all architectures as long as this holds."""
     allowed = re.compile(r"__CUDA_ARCH__\s*>=\s*800\b|defined\(__CUDA_ARCH__\)|#\s*ifn?def __CUDA_ARCH__")
     found = []
-    for path in sorted((ROOT / "csrc").rglob("*")):
+    for path in sorted((*(ROOT / "csrc").rglob("*"), *(ROOT / "tests" / "cpp").rglob("*"))):
         if path.suffix in (".h", ".cu", ".cpp"):
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 if re.search("__CUDA_ARCH", allowed.sub("", line.split("//")[0])):

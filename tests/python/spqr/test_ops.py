@@ -7,7 +7,7 @@ from typing import Any
 import octavo
 import pytest
 import torch
-from conftest import Ops
+from backends import Ops
 from octavo import reference
 from octavo.spqr import SpQRWeight, packing
 from spqr_weights import random_weight
@@ -111,7 +111,7 @@ def test_dequantize_is_the_reference_to_the_bit(ops: Ops, case: tuple[int, int, 
 @pytest.mark.parametrize("m", [1, 2, 3, 7, 16, 17, 40])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_products(ops: Ops, case: tuple[int, int, dict[str, Any]], m: int, dtype: torch.dtype):
-    if ops.backend.startswith("simt") and (m in (3, 7) or "forward" not in ops.backend) and case[1] > 200:
+    if ops.backend.startswith("simt") and m in (3, 7) and case[1] > 200:
         pytest.skip("slow on the emulated machine; smaller shapes cover it")
     weight = random_weight(case[0], case[1], **{"unit": 2.0**-9, **case[2]})
     if weight.unit.item() > 1 and dtype is torch.float16:
