@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -329,3 +331,17 @@ def _run_threads(console: Console, record: Record, effort: Effort, threads: int,
         done = bench_linear(Problem(m, n, k, dtype, device), setting, record.skipped)
         record.rows += done
         common.print_rows(console, done)
+
+
+def measure_memory(name: str, device: str) -> dict[str, Any]:
+    """What one contender takes in this process, as `memory.measure_all` collects it."""
+    m, n, k = memory.SHAPE
+    problem = Problem(m, n, k, torch.bfloat16, device)
+    chosen = next(candidate for candidate in METHODS if candidate.name == name)
+    with torch.inference_mode():
+        extra = memory.extra(chosen.build(problem, problem.weight), device)
+    return {"method": name, "shape": memory.SHAPE, "extra_bytes": extra, "extra_per_mk": extra / (m * k)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_memory(*sys.argv[1:])))

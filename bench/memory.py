@@ -1,6 +1,6 @@
 """Peak memory of one call beyond its inputs and its result, each contender in a process of its own.
 
-`python -m octavo.bench.memory METHOD DEVICE` prints one JSON object. On a CPU the resident set is what counts: torch's
+`python -m octavo.bench.int8 METHOD DEVICE` prints one JSON object. On a CPU the resident set is what counts: torch's
 allocator does not see what a kernel takes from malloc. The first call warms up; then free heap pages go back to the
 system, so that a reused page cannot hide a buffer, the kernel's high-water mark is reset, and the second call counts.
 """
@@ -11,12 +11,14 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from .common import Call
 
@@ -62,26 +64,18 @@ def peak_extra_cuda(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(method: str, device: str) -> dict[str, Any]:
-    """In this process: bytes beyond inputs and result."""
-    from . import int8
-
-    m, n, k = SHAPE
-    problem = int8.Problem(m, n, k, torch.bfloat16, device)
-    chosen = next(candidate for candidate in int8.METHODS if candidate.name == method)
-    with torch.inference_mode():
-        call = chosen.build(problem, problem.weight)
-        peak = (peak_extra_cuda if torch.device(device).type == "cuda" else peak_extra_cpu)(call)
-        result = call()
-    extra = peak - result.numel() * result.element_size()
-    return {"method": method, "shape": SHAPE, "extra_bytes": extra, "extra_per_mk": extra / (m * k)}
+def extra(call: Callable[[], Tensor], device: str) -> int:
+    """Bytes that a call takes in this process beyond its inputs and its result."""
+    peak = (peak_extra_cuda if torch.device(device).type == "cuda" else peak_extra_cpu)(call)
+    result = call()
+    return peak - result.numel() * result.element_size()
 
 
 def measure_all(device: str = "cpu") -> list[dict[str, Any]]:
     """One subprocess per contender; one that fails gives its error instead of figures."""
     found = []
     for method in METHODS:
-        command = [sys.executable, "-m", "octavo.bench.memory", method, device]
+        command = [sys.executable, "-m", "octavo.bench.int8", method, device]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -101,7 +95,3 @@ def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
         else:
             table.add_row(row["method"], f"{row['extra_bytes'] / 2**20:.1f}", f"{row['extra_per_mk']:.1f}")
     console.print(table)
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:])))

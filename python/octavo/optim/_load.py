@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from copy import deepcopy
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,10 @@ from . import _state
 from ._paging import Paging, aligned
 from ._state import RULES, Make, Names, State
 
-if TYPE_CHECKING:
-    from ._base import Optimizer8bit
-
 _NESTED = "__bnb_optimizer_quant_state__"
 
 
-def merge_groups(optimizer: Optimizer8bit, saved: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
+def merge_groups(optimizer: Any, saved: list[dict[str, Any]], version: int) -> list[dict[str, Any]]:
     """The optimizer's groups with the saved options; what the file does not name stays."""
     name, groups = type(optimizer).__name__, optimizer.param_groups
     if len(groups) != len(saved):
@@ -46,7 +43,7 @@ def merge_groups(optimizer: Optimizer8bit, saved: list[dict[str, Any]], version:
 
 
 def convert(
-    optimizer: Optimizer8bit, state_dict: dict[str, Any], groups: list[dict[str, Any]], paging: Paging | None
+    optimizer: Any, state_dict: dict[str, Any], groups: list[dict[str, Any]], paging: Paging | None
 ) -> defaultdict[Tensor, Any]:
     """The state for every parameter, in new tensors, in new pages where it is paged; what belongs to no parameter is
     passed on."""

@@ -16,16 +16,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _schedule, _state
 from ._state import Make, Names, State
-
-if TYPE_CHECKING:
-    from ._launch import Launch
 
 ALIGN = 256  # bytes: where a state may begin in a page; kernels read 16 at once, copies like more
 PINNED_BLOCK = 1 << 30
@@ -54,6 +51,15 @@ class Page:
     def place_of(self, t: Tensor) -> int | None:
         place = t.data_ptr() - self.memory.data_ptr()
         return place if t.device.type == "cpu" and 0 <= place < self.memory.numel() else None
+
+
+class OnPage(Protocol):
+    """What belongs to one page, or to none."""
+
+    page: Page | None
+
+
+_Paged = TypeVar("_Paged", bound=OnPage)
 
 
 class Pager:
@@ -424,10 +430,10 @@ class Paging:
         pager = self.pagers[page.device]
         return [pager.stage(page, t) for t in tensors]
 
-    def run(self, launches: Sequence[Launch], launch: Callable[[Launch], None]) -> None:
+    def run(self, launches: Sequence[_Paged], launch: Callable[[_Paged], None]) -> None:
         """Step what is paged."""
         for device, pager in self.pagers.items():
-            by_page: dict[Page, list[Launch]] = {}
+            by_page: dict[Page, list[_Paged]] = {}
             for item in launches:
                 if item.page is not None and item.page.device == device:
                     by_page.setdefault(item.page, []).append(item)
@@ -435,7 +441,7 @@ class Paging:
                 continue
             pages = sorted(by_page, key=lambda page: page.number)
 
-            def work(i: int, by_page: dict[Page, list[Launch]] = by_page, pages: list[Page] = pages) -> None:
+            def work(i: int, by_page: dict[Page, list[_Paged]] = by_page, pages: list[Page] = pages) -> None:
                 for item in by_page[pages[i]]:
                     launch(item)
 
