@@ -71,6 +71,20 @@ def test_quantize_by_nf4_and_evaluate(source, tmp_path, text):
     refused(octavo_("quantize", tmp_path / "nf4", tmp_path / "twice"), "is quantized already (octavo)")
 
 
+def test_evaluate_quantizes_first(source, tmp_path, text):
+    """The perplexity with --method is that of the model that quantize_model makes."""
+    arguments = ("eval", source, "--text", text, "--context", 64, "--windows", 1, "--json")
+    result = octavo_(*arguments, "--method", "nf4", "--blocksize", 128, "--no-double-quant")
+    assert result.exit_code == 0, result.output
+    model = models.load_model(models.find_source(source))
+    octavo.quantize_model(model, "nf4", progress=False, blocksize=128)
+    ids = torch.tensor(byte_tokenizer()(TEXT).input_ids)
+    expected = evaluate.perplexity(model, evaluate.windows(ids, 64, 1)).perplexity
+    assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    assert json.loads(octavo_(*arguments).stdout)["perplexity"] != pytest.approx(expected, rel=1e-6)
+    refused(octavo_(*arguments, "--blocksize", 128), "--blocksize: settings of a method: give --method, too")
+
+
 def test_what_bitsandbytes_quantized_is_evaluated_in_octavo_s_layers(source, tmp_path, text):
     model = models.load_model(models.find_source(source))
     octavo.quantize_model(model, "nf4", progress=False, double_quant=True)

@@ -13,6 +13,7 @@ import torch
 from command import byte_tokenizer, tiny
 from finetune_model import (
     SMALL,
+    Stopping,
     assert_same_run,
     cli,
     make_files,
@@ -254,3 +255,34 @@ def test_help():
     assert "octavo finetune smollm2 --text novel.txt" in result.output
     for name in ("--resume", "--page-dir", "--double-quant", "--gradient-checkpointing", "--max-grad-norm"):
         assert name in result.output
+
+
+@pytest.mark.parametrize("method", ["spqr", "gptq", "rtn", "none"])
+def test_every_method_makes_a_base(files, tmp_path, method):
+    """The command that finetune prints loads the base that it trained on: the adapter was made on the same one."""
+    arguments = [files / "model", "--text", files / "text.txt", "--out", tmp_path / "out", "--method", method]
+    arguments += [*options(settings(steps=2)), "--threads", 1]
+    if method != "none":
+        arguments += ["--bits", 4, "--group-size", 32]
+    if method in ("spqr", "gptq"):
+        refused = cli(*arguments)
+        assert refused.exit_code == 1 and f"{method} needs calibration data" in refused.output
+        arguments += ["--calibration", files / "text.txt"]
+    result = cli(*arguments)
+    assert result.exit_code == 0, result.output
+    command = shlex.split(next(line for line in result.output.splitlines() if "octavo generate" in line).split(": ")[1])
+    answer = CliRunner().invoke(app, [*command[1:], "--prompt", "It is", "--max-tokens", "3"])
+    assert answer.exit_code == 0, answer.output
+    assert "warning" not in answer.output
+    result = cli(*arguments, "--resume")
+    assert result.exit_code == 1 and "a run that is finished" in result.output
+
+
+def test_the_method_of_a_run_is_part_of_it(files, tmp_path):
+    how = settings(method="rtn", quantization={"bits": 4, "group_size": 32})
+    stopping = Stopping(2)
+    assert not train(files, tmp_path / "out", how, watcher=stopping, stop=stopping.asked).finished
+    other = settings(method="rtn", quantization={"bits": 3, "group_size": 32})
+    with pytest.raises(ValueError, match=r"settings \(bits 4 is now 3\)"):
+        train(files, tmp_path / "out", other, resume=True)
+    assert train(files, tmp_path / "out", how, resume=True).finished
