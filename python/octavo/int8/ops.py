@@ -2,7 +2,7 @@
 
 Everywhere ``value = code * scale`` with ``scale = absmax / 127`` in fp32. Activations are fp32, fp16 or bf16 and are
 read in their own dtype. Any leading dimensions; every GEMM is ``a[m, k] x b[n, k]``. The operators are not
-differentiable; :mod:`octavo.autograd` composes them into functions that are.
+differentiable; :mod:`octavo.int8.functional` composes them into functions that are.
 
 Rows with special values, the same on every backend: a zero row, or one whose absmax is below 2**-120, has codes 0 and
 scale 0. A row with a NaN (or an Inf that is not an outlier) has codes 0 and scale NaN, so that everything computed

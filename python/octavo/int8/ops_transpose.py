@@ -19,8 +19,8 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def quantize_tensorwise_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`octavo.quantize_tensorwise`, and the transpose of its codes: both operands that SwitchBack (arXiv 2304.13013,
-    section 2.2) needs of a weight, from one read of x beside that for its absmax.
+    """`octavo.ops.quantize_tensorwise`, and the transpose of its codes: both operands that SwitchBack needs of a weight
+    (arXiv 2304.13013, section 2.2), from one read of x beside that for its absmax.
 
     Args:
         x: [..., k], fp32, fp16 or bf16.
@@ -41,7 +41,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_columnwise_transpose(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`octavo.quantize_columnwise`, transposed: each column of x by its own absmax, as a row of the result.
+    """`octavo.ops.quantize_columnwise`, transposed: each column of x by its own absmax, as a row of the result.
 
     With a seed, codes are rounded at random: ``floor(x * (127 / absmax) + u)``, saturated at +-127, with u uniform in
     [0, 1), a hash of the seed and the element's row and column, the same on every machine. The mean over seeds is
@@ -69,7 +69,7 @@ def _(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def quantize_rowwise_columnwise_transpose(
     x: Tensor, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`octavo.quantize_rowwise` and `quantize_columnwise_transpose` together: one read of x gives the row codes and
+    """`octavo.ops.quantize_rowwise` and `quantize_columnwise_transpose` together: one read of x gives the row codes and
     both absmax, a second one the columns' codes.
 
     Args:

@@ -2,7 +2,7 @@
 
 Tensors are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank]. The metadata of
 files that octavo writes names the class of the model, ``octavo_base_class``, and how the layers under the adapter were
-quantized, ``octavo_base_quantization`` (`octavo.adapters.base_quantization`), which PEFT does not look at.
+quantized, ``octavo_base_quantization`` (`octavo.lora.adapters.base_quantization`), which PEFT does not look at.
 """
 
 from __future__ import annotations

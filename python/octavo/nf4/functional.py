@@ -77,7 +77,7 @@ def nf4_matmul(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         bias: [n], fp32, fp16 or bf16.
 
     Returns:
-        [..., n], x's dtype; sums and rounding as in `octavo.nf4_linear`.
+        [..., n], x's dtype; sums and rounding as in `octavo.ops.nf4_linear`.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, a gradient of a gradient.

@@ -39,7 +39,7 @@ class NF4Weight:
     It holds the tensors that it is given: no copies.
 
     Attributes:
-        packed: uint8 [ceil(numel * bits / 8)], codes as `octavo.nf4_quantize` packs them.
+        packed: uint8 [ceil(numel * bits / 8)], codes as `octavo.ops.nf4_quantize` packs them.
         absmax: fp32 [ceil(numel / blocksize)]; with double quantization uint8.
         nested_absmax: fp32 [ceil(blocks / 256)], or None without double quantization.
         offset: fp32 [1], or None: the mean of absmax.
@@ -97,8 +97,8 @@ class NF4Weight:
 def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """Quantize a tensor to 4 bits, or 2, 3 or 8, block by block (QLoRA, arXiv 2305.14314, section 3).
 
-    See `octavo.nf4_quantize` for the codes, ties and special values. With double quantization the absmax of blocks are
-    kept in 8 bits: ``offset = mean(absmax)`` (summed in float64), and ``absmax - offset`` goes to
+    See `octavo.ops.nf4_quantize` for the codes, ties and special values. With double quantization the absmax of blocks
+    are kept in 8 bits: ``offset = mean(absmax)`` (summed in float64), and ``absmax - offset`` goes to
     `octavo.quantize_blockwise` with the signed dynamic map and blocks of 256: 4.127 bits a weight instead of 4.5 with
     blocks of 64.
 
@@ -129,7 +129,7 @@ def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
 
 
 def dequantize_4bit(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that `quantize_4bit` made `w` of, but for the error: see `octavo.nf4_dequantize`.
+    """The tensor that `quantize_4bit` made `w` of, but for the error: see `octavo.ops.nf4_dequantize`.
 
     Args:
         w: the weight.

@@ -1,5 +1,5 @@
 """The optimizers: arguments, and what their kernels' rule is set to. Arithmetic: csrc/optim8/rules.h, in plain torch
-`octavo.reference_optim`."""
+`octavo.optim.reference`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 each rule with its roundings.
 
 The arithmetic is fp32 in a stated order with fused multiply-adds, exactly; states are coded as in
-`octavo.reference_states`. Only sums over whole tensors are in another order.
+`octavo.blockwise.maps`. Only sums over whole tensors are in another order.
 """
 
 from __future__ import annotations

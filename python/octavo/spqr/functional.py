@@ -55,8 +55,8 @@ def spqr_matmul_flat(
 def spqr_matmul(x: Tensor, w: SpQRWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with an SpQR weight (arXiv 2306.03078), differentiable in x and bias.
 
-    See `octavo.spqr_linear` for what W is. Backward, for g = dL/dy: ``grad_x = g @ W`` with ``w.dequantize(g.dtype)``
-    as a product in g's dtype, one rounding of each sum; ``grad_bias = g.sum(0)``, accumulated in fp32. The forward pass
+    See `octavo.ops.spqr_linear` for what W is. Backward, for g = dL/dy: ``grad_x = g @ W`` with
+    ``w.dequantize(g.dtype)`` as a product in g's dtype, one rounding of each sum; ``grad_bias = g.sum(0)``, accumulated in fp32. The forward pass
     never dequantizes more than its kernel needs at a time, and x is not saved; the backward pass holds this one weight
     dequantized, n * k elements of g's dtype, while it multiplies by it. (Part by part would take less: but outliers are
     not sorted by column, and by rows the parts would have to be added up in g's dtype.) Under autocast x is cast to the

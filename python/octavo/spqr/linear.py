@@ -95,7 +95,7 @@ class SpQRLinear(LowBitLinear):
     Attributes:
         in_features, out_features: k and n. k is a multiple of group_size.
         bits, group_size, stats_group_size, scale_bits, zero_bits: as in `octavo.spqr.SpQRWeight`.
-        codes, statistics, second_order, unit, outliers, row_offsets, perm: buffers, as in `octavo.spqr_linear`;
+        codes, statistics, second_order, unit, outliers, row_offsets, perm: buffers, as in `octavo.ops.spqr_linear`;
             second_order and perm may be None.
         bias: [out_features], parameter, or None.
 

@@ -31,7 +31,7 @@ class SpQRWeight:
         group_size: columns that share a scale and a zero point: 16, 32 or 64 (the paper's beta1).
         stats_group_size: rows whose scales, and zero points, are quantized together (beta2): a multiple of 16.
         scale_bits, zero_bits: of the codes of scales and zero points, 1 to 4; unused where second_order is None.
-        codes, statistics, second_order, unit, outliers, row_offsets, perm: see `octavo.spqr_linear`.
+        codes, statistics, second_order, unit, outliers, row_offsets, perm: see `octavo.ops.spqr_linear`.
     """
 
     n: int

@@ -257,7 +257,7 @@ def switchback_linear(
     | "memory_efficient" | one                           | Q_row(x), dequantized for the product             |
     | "vectorwise"       | a row's; backward: a column's | x                                                 |
     | "all_int8"         | a row's; backward: a column's | x by columns in int8, for a product in int8       |
-    | "fp8"              | see `octavo.fp8_linear`       | x in fp8                                          |
+    | "fp8"              | see `fp8_linear`              | x in fp8                                          |
 
     The last but one is the baseline of LLM.int8() (2208.07339) that the paper compares with; its two options make it
     better. Under autocast x is cast to the autocast dtype first. Rows with special values: as in `octavo.ops`: a row

@@ -114,7 +114,7 @@ class Int8Weight(FrozenBuffers):
         if self._held is not None:
             if not torch.compiler.is_compiling() and self._held_key != _identity(weight):
                 raise RuntimeError(
-                    f"{self._weight_name} was changed inside of octavo.quantize_once, and codes are stale"
+                    f"{self._weight_name} was changed inside of octavo.switchback.quantize_once, and codes are stale"
                 )
             return self._held
         if self.variant == "fp8" or not self.training or torch.compiler.is_compiling():
@@ -243,7 +243,7 @@ class Int8Weight(FrozenBuffers):
 def quantize_once(model: nn.Module) -> Iterator[None]:
     """Quantize all weights of `model` that its int8 layers train, once, for every forward pass in the ``with``:
 
-        with octavo.quantize_once(model):
+        with octavo.switchback.quantize_once(model):
             for batch in micro_batches:
                 loss(compiled(batch)).backward()
         optimizer.step()
@@ -288,8 +288,8 @@ class SwitchBackLinear(Int8Weight, nn.Linear):
     it was changed in place, replaced or moved, after a step of any optimizer, and once ``weight.grad`` was set to None
     after a backward pass. So a loop that writes ``weight.data`` by hand is seen where it sets gradients to None after
     that and before the next forward pass, and not where it zeroes them, or resets them later. Outside of training,
-    under torch.compile (but for `octavo.quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized
-    at every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
+    under torch.compile (but for `quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized at
+    every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch; weight and bias are fp32, fp16 or bf16.
