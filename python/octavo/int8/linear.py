@@ -102,6 +102,16 @@ class Int8Linear(LowBitLinear):
 
     Raises:
         ValueError: a negative, NaN or infinite threshold.
+
+    Example:
+        >>> import octavo, torch
+        >>> linear = torch.nn.Linear(64, 32)
+        >>> layer = octavo.nn.Int8Linear.from_linear(linear, threshold=6.0)
+        >>> layer
+        Int8Linear(in_features=64, out_features=32, bias=True, threshold=6.0)
+        >>> x = torch.randn(4, 64)
+        >>> bool((layer(x) - linear(x)).norm() < 0.02 * linear(x).norm())
+        True
     """
 
     tensors = ("weight", "weight_scale", "outlier_slot", "outlier_weight")

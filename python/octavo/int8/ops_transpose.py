@@ -31,6 +31,12 @@ def quantize_tensorwise_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         RuntimeError: wrong dtype, a 0-dimensional x.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, transposed, scale = octavo.ops.quantize_tensorwise_transpose(torch.randn(2, 3))
+        >>> transposed.shape, torch.equal(transposed, codes.T)
+        (torch.Size([3, 2]), True)
     """
     return torch.ops.octavo.quantize_tensorwise_transpose(x)
 
@@ -56,6 +62,15 @@ def quantize_columnwise_transpose(x: Tensor, seed: Tensor | None = None) -> tupl
 
     Raises:
         RuntimeError: wrong dtype, a 0-dimensional x, a seed of another dtype, size or device.
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.randn(4, 3)
+        >>> transposed, scale = octavo.ops.quantize_columnwise_transpose(x)
+        >>> torch.equal(transposed, octavo.ops.quantize_columnwise(x)[0].T)
+        True
+        >>> octavo.ops.quantize_columnwise_transpose(x, seed=torch.tensor([1]))[0].shape
+        torch.Size([3, 4])
     """
     return torch.ops.octavo.quantize_columnwise_transpose(x, seed)
 
@@ -78,6 +93,15 @@ def quantize_rowwise_columnwise_transpose(
 
     Returns:
         row codes int8 [..., k], row scale fp32 [...], transposed int8 [k, rows], column scale fp32 [k].
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.randn(4, 3)
+        >>> codes, row_scale, transposed, column_scale = octavo.ops.quantize_rowwise_columnwise_transpose(x)
+        >>> codes.shape, transposed.shape
+        (torch.Size([4, 3]), torch.Size([3, 4]))
+        >>> torch.equal(codes, octavo.quantize_rowwise(x)[0])
+        True
     """
     return torch.ops.octavo.quantize_rowwise_columnwise_transpose(x, seed)
 
