@@ -41,6 +41,16 @@ class NF4Linear(LowBitLinear):
 
     Raises:
         ValueError: an unknown quant_type or blocksize.
+
+    Example:
+        >>> import octavo, torch
+        >>> linear = torch.nn.Linear(64, 32)
+        >>> layer = octavo.nn.NF4Linear.from_linear(linear, double_quant=True)
+        >>> layer
+        NF4Linear(in_features=64, out_features=32, bias=True, quant_type=nf4, blocksize=64, double_quant=True)
+        >>> x = torch.randn(4, 64)
+        >>> bool((layer(x) - linear(x)).norm() < 0.2 * linear(x).norm())
+        True
     """
 
     tensors = ("weight", "absmax", "nested_absmax", "offset")

@@ -47,6 +47,12 @@ class NF4Weight:
         dtype: that it had.
         quant_type: "nf4", "fp4", "nf2", "nf3" or "nf8".
         blocksize: elements that share an absmax.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64).bfloat16())
+        >>> w.shape, w.dtype, w.quant_type, w.blocksize
+        (torch.Size([8, 64]), torch.bfloat16, 'nf4', 64)
     """
 
     packed: Tensor
@@ -115,6 +121,12 @@ def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     Raises:
         ValueError: an unknown quant_type or blocksize.
         RuntimeError: another dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64), double_quant=True)
+        >>> w.packed.shape, w.absmax.dtype, w.shape
+        (torch.Size([256]), torch.uint8, torch.Size([8, 64]))
     """
     check_options(quant_type, blocksize)
     if not isinstance(double_quant, bool):
@@ -137,6 +149,12 @@ def dequantize_4bit(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
     Raises:
         RuntimeError: tensors of w whose lengths, dtypes or devices do not fit together.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64))
+        >>> torch.equal(octavo.dequantize_4bit(w), torch.eye(8, 64))
+        True
     """
     return w.dequantize(dtype)
 
