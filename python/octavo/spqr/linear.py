@@ -101,6 +101,13 @@ class SpQRLinear(LowBitLinear):
 
     Raises:
         ValueError: options that the operators do not know, in_features that group_size does not divide.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> report = octavo.quantize_model(model, "spqr", calibration=[torch.randn(256, 64)], progress=False)
+        >>> model[0](torch.randn(2, 64)).shape
+        torch.Size([2, 32])
     """
 
     tensors = TENSORS

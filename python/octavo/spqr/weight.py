@@ -32,6 +32,14 @@ class SpQRWeight:
         stats_group_size: rows whose scales, and zero points, are quantized together (beta2): a multiple of 16.
         scale_bits, zero_bits: of the codes of scales and zero points, 1 to 4; unused where second_order is None.
         codes, statistics, second_order, unit, outliers, row_offsets, perm: see `octavo.ops.spqr_linear`.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> w = SpQRWeight.pack(quantize_weight(torch.ones(16, 32), None, settings))
+        >>> w.dequantize(torch.float32).shape
+        torch.Size([16, 32])
     """
 
     n: int
