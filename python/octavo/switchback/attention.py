@@ -44,6 +44,13 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as in torch.
         variant, k_split, stochastic_rounding: as in `octavo.nn.SwitchBackLinear`, of both projections.
+
+    Example:
+        >>> import octavo, torch
+        >>> attention = octavo.nn.SwitchBackMultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.ones(1, 5, 8)
+        >>> attention(x, x, x, need_weights=False)[0].shape
+        torch.Size([1, 5, 8])
     """
 
     _weight_name = "in_proj_weight"

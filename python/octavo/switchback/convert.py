@@ -30,6 +30,13 @@ class Conversion:
     Attributes:
         converted: names of the modules that are of another class now.
         left: names of the modules that were asked for and stay what they are, with the reason.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> done = octavo.convert_linears(model, exclude=["1"])
+        >>> done.converted
+        ['0']
     """
 
     converted: list[str] = field(default_factory=list)
@@ -72,6 +79,14 @@ def convert_linears(
         ValueError: unknown options or variant, patterns that match nothing (but "lm_head"), no layer to convert, a
             weight of another dtype or wider than 131071, layers that have other options already, or, going back, were
             prepared for evaluation.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> octavo.convert_linears(model, exclude=["2"]).converted
+        ['0']
+        >>> type(model[0]).__name__
+        'SwitchBackLinear'
     """
     backwards = cls is nn.Linear
     if not backwards and cls is not SwitchBackLinear:
@@ -131,6 +146,14 @@ def prepare_for_eval(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: no such layer; one that cannot be prepared. Nothing is changed then.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(octavo.nn.SwitchBackLinear(4, 8)).eval()
+        >>> octavo.prepare_for_eval(model)
+        ['0']
+        >>> model[0].weight.dtype
+        torch.int8
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Weight)}
     if not layers:

@@ -255,6 +255,15 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: from a forward pass, that a weight was changed inside: not seen by a compiled one, nor where it is
             written through ``weight.data``.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = octavo.nn.SwitchBackLinear(4, 3)
+        >>> with octavo.switchback.quantize_once(model):
+        ...     for micro_batch in torch.ones(2, 2, 4):
+        ...         model(micro_batch).sum().backward()
+        >>> model.weight.grad.shape
+        torch.Size([3, 4])
     """
     put: list[tuple[Int8Weight, QuantizedWeight, dict[str, Any]]] = []
     try:
@@ -300,6 +309,15 @@ class SwitchBackLinear(Int8Weight, nn.Linear):
 
     Raises:
         ValueError: an unknown variant, an option of another variant, another dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> layer = octavo.nn.SwitchBackLinear(4, 3)
+        >>> layer
+        SwitchBackLinear(in_features=4, out_features=3, bias=True, variant='switchback')
+        >>> layer(torch.ones(2, 4)).sum().backward()
+        >>> layer.weight.grad.shape
+        torch.Size([3, 4])
     """
 
     def __init__(
@@ -335,6 +353,11 @@ class LayerScale(nn.Module):
     Args:
         width: of the last dimension of x.
         init: of gamma; zero in the paper's fp8 training.
+
+    Example:
+        >>> import octavo, torch
+        >>> octavo.nn.LayerScale(3, init=0.5)(torch.ones(1, 3)).detach()
+        tensor([[0.5000, 0.5000, 0.5000]])
     """
 
     def __init__(
