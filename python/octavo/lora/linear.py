@@ -121,6 +121,16 @@ class LoRALinear(nn.Module):
     Raises:
         ValueError: a rank, alpha, dropout or name that cannot be.
         TypeError: a base that is no linear layer, or has adapters already.
+
+    Example:
+        >>> import octavo, torch
+        >>> base = octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> layer = octavo.nn.LoRALinear(base, rank=4, alpha=8)
+        >>> x = torch.randn(2, 64)
+        >>> torch.equal(layer(x), base(x))  # before training B is 0
+        True
+        >>> layer.lora_A["default"].shape, layer.lora_B["default"].shape
+        (torch.Size([4, 64]), torch.Size([32, 4]))
     """
 
     base_layer: Any
