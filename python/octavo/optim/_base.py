@@ -67,6 +67,15 @@ class Optimizer8bit(torch.optim.Optimizer):
     the same bits as without, but cannot be captured in CUDA graphs where states are paged, and sharded parameters may
     be paged on the CPU only, and not by LAMB, LARS and StableAdamW. After a step on a GPU, `state` holds its results
     once the device is done (`torch.cuda.synchronize`); `state_dict` waits for that.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.Adam8bit([weight], max_grad_norm=1.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.grad_norm.item(), isinstance(optimizer, octavo.optim.Optimizer8bit)
+        (128.0, True)
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
