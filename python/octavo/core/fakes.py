@@ -28,7 +28,12 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def register_fakes(namespace: str) -> None:
-    """Give the operators of another namespace with the same schemas (a test build's) the same fakes."""
+    """Give the operators of another namespace with the same schemas (a test build's) the same fakes.
+
+    Example:
+        >>> import octavo
+        >>> octavo.ops.register_fakes("octavo_simt")  # doctest: +SKIP
+    """
     for name, function in _registered.items():
         torch.library.register_fake(f"{namespace}::{name}", function)
 

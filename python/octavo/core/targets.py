@@ -57,6 +57,7 @@ def matches(names: Iterable[str], pattern: str) -> bool:
     """Whether a pattern means a layer with these full names.
 
     Example:
+        >>> from octavo.core.targets import matches
         >>> matches(["model.layers.0.mlp.up_proj"], "up_proj"), matches(["model.layers.0.mlp.up_proj"], "*.0.mlp")
         (True, True)
     """
