@@ -48,6 +48,11 @@ class OfficialCheckpoint:
         layers: the quantized weights by name: the layer's full name in a checkpoint of transformers, and for
             directories with a file for each layer "<index>.<name within the block>".
         tensors: everything else, by its full name in the model.
+
+    Example:
+        >>> from octavo.integrations import spqr
+        >>> spqr.OfficialCheckpoint().layers
+        {}
     """
 
     layers: dict[str, SpQRWeight] = field(default_factory=dict)
@@ -71,6 +76,10 @@ def load_official(path: str | os.PathLike[str], model: nn.Module, strict: bool =
     Raises:
         ValueError: as for `read_official`; layers or tensors that the model does not have or that have another shape,
             parameters that the checkpoint does not have.
+
+    Example:
+        >>> from octavo.integrations import spqr
+        >>> spqr.load_official("Llama-2-7b-SPQR-3Bit-16x16", model)  # doctest: +SKIP
     """
     found = read_official(path, model)
     names = {layer: _name_in(model, layer) for layer in found.layers}
@@ -140,6 +149,10 @@ def read_official(path: str | os.PathLike[str], model: nn.Module | None = None) 
         FileNotFoundError: nothing is there.
         ValueError: the file or layer is named: damaged files, pickles of more than tensors, bits and groups that octavo
             or the format does not have, and as for `import_legacy_layer` and `import_compressed_layer`.
+
+    Example:
+        >>> from octavo.integrations import spqr
+        >>> spqr.read_official("Llama-2-7b-SPQR-3Bit-16x16", model).layers  # doctest: +SKIP
     """
     where = Path(path)
     if not where.exists():

@@ -110,7 +110,14 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer("octavo")
 class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the Linear layers of a model under construction by quantized ones, and fills them."""
+    """Replaces the Linear layers of a model under construction by quantized ones, and fills them.
+
+    Example:
+        >>> import octavo
+        >>> from octavo.integrations.transformers import OctavoQuantizer
+        >>> OctavoQuantizer(octavo.OctavoConfig("nf4"), pre_quantized=False).requires_calibration
+        False
+    """
 
     quantization_config: OctavoConfig
     requires_calibration = False  # true of some methods: see below, where more can be said
@@ -193,11 +200,16 @@ def mark_quantized(model: Any, config: OctavoConfig) -> None:
         ValueError: a layer whose options are not those of the configuration.
 
     Example:
-        >>> import octavo
+        >>> import octavo, transformers
         >>> from octavo.integrations.transformers import mark_quantized
-        >>> octavo.quantize_model(model, "nf4")  # doctest: +SKIP
-        >>> mark_quantized(model, octavo.OctavoConfig("nf4"))  # doctest: +SKIP
-        >>> model.save_pretrained("model-nf4")  # doctest: +SKIP
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+        >>> report = octavo.quantize_model(model, "nf4", progress=False)
+        >>> mark_quantized(model, octavo.OctavoConfig("nf4"))
+        >>> model.save_pretrained("model-nf4")
+        >>> again = transformers.AutoModelForCausalLM.from_pretrained("model-nf4")
+        >>> type(again.model.layers[0].mlp.up_proj).__name__
+        'NF4Linear'
     """
     own = methods()[config.method]
     for name, layer in _quantized_layers(model):
