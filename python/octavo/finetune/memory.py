@@ -27,6 +27,11 @@ class MemoryRow:
         measured: of the tensors of a run, or else computed from the number of parameters.
         peak: the most memory of the process (CUDA: of the device) in the training steps, activations included; None
             where it was not measured.
+
+    Example:
+        >>> from octavo.finetune import MemoryRow
+        >>> MemoryRow("mine", weights=500, adapters=10, gradients=10, optimizer=20).total
+        540
     """
 
     name: str
@@ -53,6 +58,11 @@ def memory_table(parameters: int, adapters: int, run: MemoryRow | None = None) -
         parameters: of the model without adapters, tied ones once.
         adapters: parameters of the adapters.
         run: what `measure` found.
+
+    Example:
+        >>> from octavo.finetune import memory_table
+        >>> [(row.name, row.total) for row in memory_table(1000, 10)]
+        [('fp32, all weights, AdamW', 16000), ('LoRA, 16-bit base, AdamW', 2160)]
     """
     rows = [
         MemoryRow("fp32, all weights, AdamW", 4 * parameters, 0, 4 * parameters, 8 * parameters),

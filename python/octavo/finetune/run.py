@@ -32,11 +32,26 @@ _NAME = "default"  # of the adapter, as PEFT calls it
 
 
 class NonFiniteError(ValueError):
-    """A loss, gradient or perplexity that is NaN or Inf; training has stopped and its checkpoints are kept."""
+    """A loss, gradient or perplexity that is NaN or Inf; training has stopped and its checkpoints are kept.
+
+    Example:
+        >>> from octavo.finetune import NonFiniteError
+        >>> issubclass(NonFiniteError, Exception)
+        True
+    """
 
 
 class Watcher:
-    """Is told how a run goes on; does nothing."""
+    """Is told how a run goes on; does nothing.
+
+    Example:
+        >>> from octavo.finetune import Watcher
+        >>> class Losses(Watcher):
+        ...     def step(self, line):
+        ...         print(line["step"], line["loss"])
+        >>> Losses().step({"step": 1, "loss": 2.5})
+        1 2.5
+    """
 
     def stage(self, what: str) -> None:
         """What comes next, before training."""
@@ -73,6 +88,12 @@ class Result:
         tokens_per_s: in the steps.
         seconds: of all steps.
         memory: see `memory_table`; the last row is this run.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo.finetune import Result
+        >>> Result(Path("run"), None, 2, 2, [3.5, 3.0], {2: 20.0}, 1000.0, 1.5, []).losses[-1]
+        3.0
     """
 
     out: Path
@@ -126,6 +147,12 @@ def finetune(
             positions; a run with another model, text or settings in `out`.
         OSError: a file or directory that cannot be read or written, too little space.
         NonFiniteError: a loss or gradient that is NaN or Inf. Checkpoints are kept.
+
+    Example:
+        >>> from octavo.finetune import Settings, finetune
+        >>> result = finetune("smollm2", "novel.txt", "run", Settings(rank=16))  # doctest: +SKIP
+        >>> result.adapter  # doctest: +SKIP
+        PosixPath('run/adapter')
     """
     settings, watcher = settings or Settings(), watcher or Watcher()
     settings.check()

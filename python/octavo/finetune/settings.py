@@ -64,6 +64,11 @@ class Settings:
         save_every: steps between two checkpoints.
         seed: of the adapters, the order of windows and dropout.
         device: "cpu", "cuda", "cuda:1", ...; None: cuda where octavo is built for it and there is one.
+
+    Example:
+        >>> from octavo.finetune import Settings
+        >>> Settings(rank=64).method
+        'nf4'
     """
 
     method: str = "nf4"
