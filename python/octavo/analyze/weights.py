@@ -210,7 +210,13 @@ def passes(sites: Sequence[Site]) -> list[list[Site]]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How weights are rounded and what counts as an outlier."""
+    """How weights are rounded and what counts as an outlier.
+
+    Example:
+        >>> from octavo.analyze import Settings
+        >>> Settings(bits=4).group_size
+        16
+    """
 
     bits: int = 3
     group_size: int = 16
