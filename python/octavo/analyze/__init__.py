@@ -152,7 +152,7 @@ def text_windows(tokenizer: Any, path: Path, context: int, limit: int) -> Tensor
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote.
+    """Read the record that an earlier run wrote.
 
     Raises:
         OSError, ValueError: there is no such file, or it holds something else.

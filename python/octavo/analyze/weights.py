@@ -121,7 +121,8 @@ def relative_error(w: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 def structure(outliers: Tensor, heads: Heads | None = None) -> dict[str, Any]:
-    """To what the outliers, bool [n, k], belong: shares of them that add up to 1, and which rows, columns, heads.
+    """Attribute the outliers, bool [n, k], to what they belong to: shares of them that add up to 1, and which rows,
+    columns, heads.
 
     Rows come first, then columns; then, among the weights in none of these, heads, then rotary frequencies; the rest is
     unstructured. A row (column, ...) counts if its rate of outliers is at least twice that of the other weights, and if
@@ -277,7 +278,8 @@ def top(values: Tensor, share: float) -> Tensor:
 
 
 def shares_of_model(histograms: Sequence[Tensor], share: float) -> list[float]:
-    """Of each layer, the share of its weights among the model's `share` most sensitive ones, to within a bin."""
+    """For each layer, return the share of its weights that are among the model's `share` most sensitive ones, to within
+    a bin."""
     falling = torch.stack(list(histograms)).double().flip(1).cumsum(1)  # [layers, bins]: weights at or above each bin
     whole = falling[:, -1]
     at = int(((falling.sum(0) - share * whole.sum()).abs()).argmin())

@@ -54,7 +54,7 @@ def _root(
 
 @app.command()
 def doctor() -> None:
-    """What octavo finds here: versions, instruction sets, CUDA, optional packages, and what to do about the rest.
+    """Show what octavo finds here: versions, instruction sets, CUDA, optional packages, and how to add what is missing.
 
     It also runs every operator once against its plain PyTorch reference. Exit code 1 if one is wrong.
 

@@ -65,7 +65,8 @@ class Contender:
 
 @dataclass
 class Row:
-    """What was measured of one method; kl is nats per token from the fp32 model, rates are tokens per second.
+    """The figures that were measured for one method; kl is nats per token from the fp32 model, rates are tokens per
+    second.
 
     Bits are per weight of the quantized layers: `real_bits` of everything stored for them, `nominal_bits` by what the
     method is called, or for SpQR by its paper's formula.
@@ -312,7 +313,8 @@ def _parsed_once() -> Iterator[None]:
 
 
 class _Phases:
-    """What runs: on a terminal a line with the phase, the row and a count, elsewhere one line for each phase.
+    """The progress display: on a terminal a line with the phase, the row and a count, elsewhere one line for each
+    phase.
 
     Attributes:
         seconds: of each phase so far.
@@ -351,7 +353,7 @@ class _Phases:
         self._turns += 1
 
     def show(self, what: str, completed: int = 0, total: int | None = None) -> None:
-        """What of the phase runs."""
+        """Name the part of the phase that runs now."""
         self._bar.update(self._task, description=f"{self._name} {what}", completed=completed, total=total)
 
     def _end(self) -> None:

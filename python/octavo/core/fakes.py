@@ -1,4 +1,4 @@
-"""What every operator needs besides its kernel: a fake, which gives shapes and dtypes to torch.compile."""
+"""Every operator needs a fake besides its kernel: a function that tells torch.compile shapes and dtypes."""
 
 from __future__ import annotations
 

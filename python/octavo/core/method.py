@@ -44,7 +44,7 @@ _OPTION = "octavo.option"
 
 
 class Option(NamedTuple):
-    """What is known of a setting beside its type and default: see `option`.
+    """The description of a setting beside its type and default: see `option`.
 
     Example:
         >>> from octavo.core.method import about, find_method
@@ -100,7 +100,7 @@ def option(
 
 
 def about(entry: dataclasses.Field[Any]) -> Option:
-    """What `option` was told of a field.
+    """The description that `option` stored in a field.
 
     Example:
         >>> import dataclasses
@@ -151,7 +151,7 @@ class MethodSettings:
         return ", ".join(f"{name} {getattr(self, name)}" for name in changed) or "default settings"
 
     def to_dict(self) -> dict[str, Any]:
-        """By name, as JSON can hold them."""
+        """The settings by name, as values that JSON can hold."""
         return dataclasses.asdict(self)
 
 
@@ -297,7 +297,8 @@ class Method(ABC):
     # ---- checkpoints and adapters ------------------------------------------------------------------------------------
 
     def layout(self, settings: Any) -> dict[str, Any]:
-        """What a checkpoint says of all its layers together: fields of the layers' configuration, with values."""
+        """The part of the settings that a checkpoint records once for all its layers: fields of the layers'
+        configuration, with values."""
         return {name: getattr(settings, name) for name in self.layout_defaults() if hasattr(settings, name)}
 
     def layout_defaults(self) -> dict[str, Any]:
@@ -419,7 +420,7 @@ def find_method(name: str, given: Mapping[str, Any] | None = None) -> tuple[Meth
 
 
 def unknown_method(name: object, unquantized: bool = False) -> str:
-    """What to say of a name that no method has.
+    """The error message for a name that no method has.
 
     Example:
         >>> from octavo.core.method import unknown_method

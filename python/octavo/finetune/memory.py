@@ -1,4 +1,4 @@
-"""What fine-tuning holds in memory: weights, adapters, gradients, optimizer states."""
+"""Account for the memory that fine-tuning holds: weights, adapters, gradients, optimizer states."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def measure(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, peak:
 
 
 class Peak:
-    """The most memory from now on."""
+    """Measures the peak of memory from the moment it is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -42,7 +42,7 @@ class NonFiniteError(ValueError):
 
 
 class Watcher:
-    """Is told how a run goes on; does nothing.
+    """A run calls these methods as it goes on; here they do nothing, and a subclass overrides those it needs.
 
     Example:
         >>> from octavo.finetune import Watcher
@@ -54,7 +54,7 @@ class Watcher:
     """
 
     def stage(self, what: str) -> None:
-        """What comes next, before training."""
+        """A stage before training begins; `what` names it."""
 
     def begin(self, total: int, history: History) -> None:
         """Training begins, or goes on after the steps in `history`, of `total`. From here on `stop` is asked."""
@@ -77,7 +77,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a run.
+    """The outcome of a run.
 
     Attributes:
         out: its directory.
@@ -417,7 +417,7 @@ def _quantize(model: nn.Module, settings: Settings, tokenizer: Any) -> None:
 
 
 def _sha256(model: nn.Module) -> str:
-    """Of all tensors that the base has, as it is trained on: quantized, in its dtype."""
+    """A digest of all tensors of the base, as it is trained on: quantized, in its dtype."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):

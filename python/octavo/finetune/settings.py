@@ -206,16 +206,16 @@ class Settings:
         return kind(parameters, lr=self.lr, **options)
 
     def lr_of(self, step: int, total: int) -> float:
-        """Of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
         ramp = math.ceil(self.warmup * total)
         return self.lr * min(1.0, (step + 1) / ramp) if ramp else self.lr
 
     def to_dict(self) -> dict[str, Any]:
-        """By name."""
+        """The settings by name."""
         return asdict(self)
 
     def binding(self) -> dict[str, Any]:
-        """Those that must be the same for a run to go on."""
+        """The settings that must be the same for a run to go on."""
         found = {name: value for name, value in asdict(self).items() if name not in _FREE}
         del found["quantization"], found["calibration"]
         if (base := self.base) is None:
@@ -232,5 +232,5 @@ class Settings:
 
 
 def _plain(value: Any) -> Any:
-    """As a JSON file holds it."""
+    """The value as a JSON file holds it."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

@@ -25,7 +25,7 @@ def check_threshold(threshold: float) -> float:
 
 
 def _tensor_errors(state: Mapping[str, Tensor], in_features: int, out_features: int) -> list[str]:
-    """What is wrong with the tensors of an `Int8Linear`, one line each: dtype, shape, scales that are not finite."""
+    """List the errors of the tensors of an `Int8Linear`, one line each: dtype, shape, scales that are not finite."""
     n, k = out_features, in_features
     slots = state["outlier_weight"].shape[0] if "outlier_weight" in state and state["outlier_weight"].dim() else 0
     wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {

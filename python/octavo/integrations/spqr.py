@@ -42,7 +42,7 @@ _PARTS = ("dense_weights", "row_offsets", "col_vals", "in_perm")
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What `read_official` found.
+    """The layers and tensors that `read_official` found.
 
     Attributes:
         layers: the quantized weights by name: the layer's full name in a checkpoint of transformers, and for
@@ -261,7 +261,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class _PickledLayer:
-    """What a pickled layer of theirs becomes: its attributes, without the class and its code."""
+    """Stands for a pickled layer of the authors' class: it has the attributes, without the class and its code."""
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**(vars(self).get("_parameters") or {}), **(vars(self).get("_buffers") or {})}

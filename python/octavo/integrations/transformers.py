@@ -88,7 +88,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.__dict__.update(methods()[name].check_layout(layout))
 
     def layout(self, stored: str | None = None) -> dict[str, Any]:
-        """What the configuration says of all layers of a method; None for its own."""
+        """The settings that the configuration records for all layers of a method; None means its own method."""
         names = methods()[stored or self.method].layout_defaults()
         return {name: getattr(self, name) for name in names}
 
@@ -291,7 +291,8 @@ def _stored_name(name: str, prefix: str, leaves: Sequence[str], headers: _Header
 
 
 def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> nn.Module | None:
-    """What takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it stays."""
+    """The module that takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it
+    stays."""
     method = methods()[config.method]
     if stored is None and not method.in_stream:
         raise ValueError(f"a checkpoint of {method.name} is loaded from safetensors files; there are none")

@@ -435,7 +435,7 @@ def _and_more(entries: Sequence[str]) -> str:
 
 
 def _class_name(model: nn.Module) -> str:
-    """Of the model's class; fully_shard makes one of its own of it."""
+    """The name of the model's class, without the class that fully_shard derives from it."""
     kind = type(model)
     return kind.__bases__[1].__name__ if kind.__bases__[0].__name__ == "FSDPModule" else kind.__name__
 

@@ -19,7 +19,7 @@ from ..core.method import method_of
 
 
 class LoRAConfig(NamedTuple):
-    """What one adapter of a layer is, beside its tensors."""
+    """The settings of one adapter of a layer; its tensors are not among them."""
 
     rank: int
     alpha: float
@@ -45,7 +45,8 @@ class LoRAConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What merging one layer cost. Norms are Frobenius norms; W + D is the merged matrix in fp32, D = s * B @ A.
+    """The errors that merging one layer caused. Norms are Frobenius norms; W + D is the merged matrix in fp32, D = s *
+    B @ A.
 
     Attributes:
         name: of the layer in its model; "" from `LoRALinear.merge`.

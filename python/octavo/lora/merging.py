@@ -13,7 +13,7 @@ from .linear import LoRALinear, MergedLayer
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_adapter` did, layer by layer; see `octavo.lora.linear.MergedLayer`.
+    """The errors that `merge_adapter` caused, layer by layer; see `octavo.lora.linear.MergedLayer`.
 
     Example:
         >>> import octavo, torch
@@ -121,6 +121,6 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def float_dtype(model: nn.Module) -> torch.dtype | None:
-    """Of the first float parameter that is of no linear layer: what the model computes in."""
+    """The dtype that the model computes in: that of its first float parameter outside the linear layers."""
     linear = {id(p) for layer in linear_layers(model) for p in layer.parameters()}
     return next((p.dtype for p in model.parameters() if id(p) not in linear and p.dtype.is_floating_point), None)

@@ -38,7 +38,8 @@ BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # initializati
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a directory holds: configuration and tensors, checked against each other and not yet against a model."""
+    """The contents of a directory: configuration and tensors, checked against each other and not yet against a
+    model."""
 
     path: Path
     config: dict[str, Any]

@@ -38,7 +38,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: kind is "transformers", "octavo" (of `octavo.save_quantized`) or "gguf".
+    """A model on disk; its kind is "transformers", "octavo" (of `octavo.save_quantized`) or "gguf".
 
     Example:
         >>> from pathlib import Path
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Of the files that hold its weights."""
+        """The size of the files that hold the model's weights."""
         if self.kind == "gguf":
             return self.path.stat().st_size
         files = [file for file in self.path.iterdir() if file.suffix in (".safetensors", ".bin")]
@@ -61,7 +61,7 @@ class Source:
 
 
 def find_source(path: str | os.PathLike[str]) -> Source:
-    """What kind of model is at `path`, from its files alone: nothing is loaded.
+    """Find out from its files alone what kind of model is at `path`; no weight is loaded.
 
     Raises:
         ModelError: nothing is there, or nothing that octavo can read.
@@ -442,7 +442,8 @@ def _transformers() -> Any:
 
 @contextmanager
 def _explained(source: Source, what: str) -> Iterator[None]:
-    """What transformers and its readers raise on damaged files is of every kind; say of which file it was."""
+    """Transformers and its readers raise errors of every kind on damaged files; turn them into one that names the
+    file."""
     try:
         yield
     except MemoryError:

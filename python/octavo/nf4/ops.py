@@ -19,7 +19,7 @@ def packed_bytes(count: int, quant_type: str) -> int:
 
 
 def _check_fake(op: str, quant_type: str, blocksize: int, x: Tensor | None = None) -> None:
-    """What the operator would refuse, where only its fake runs."""
+    """Refuse what the operator would refuse, because only its fake runs here."""
     if quant_type not in BITS:
         raise RuntimeError(f"{op}: quant_type must be one of {', '.join(BITS)}, got {quant_type!r}")
     if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):

@@ -83,18 +83,18 @@ class NF4Weight:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors() if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
-        """As stored, everything counted."""
+        """The bits per weight as stored, with everything counted."""
         return 8 * self.bytes / max(1, self.shape.numel())
 
     @property
     def nominal_bits(self) -> float:
-        """By the paper's formula: ``bits + 32 / blocksize``; with double quantization ``bits + 8 / blocksize + 32 /
-        (256 * blocksize)``."""
+        """The bits per weight by the paper's formula: ``bits + 32 / blocksize``; with double quantization ``bits + 8 /
+        blocksize + 32 / (256 * blocksize)``."""
         if self.nested_absmax is None:
             return BITS[self.quant_type] + 32 / self.blocksize
         return BITS[self.quant_type] + 8 / self.blocksize + 32 / (NESTED_BLOCKSIZE * self.blocksize)
@@ -162,7 +162,7 @@ def dequantize_4bit(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 def check_low_bit_state(
     state: dict[str, Tensor], count: int, quant_type: str, blocksize: int, packed: str = "packed"
 ) -> list[str]:
-    """What is wrong with the tensors of a weight of `count` elements, one line each: missing, dtype, length, values.
+    """List the errors of the tensors of a weight of `count` elements, one line each: missing, dtype, length, values.
 
     Args:
         state: by the names of `TENSORS`; packed codes under the name `packed`.

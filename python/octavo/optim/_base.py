@@ -103,11 +103,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        """What the rule reads beside lr, weight_decay and eps."""
+        """The hyperparameters that the rule reads beside lr, weight_decay and eps."""
         raise NotImplementedError
 
     def _initial(self, group: dict[str, Any]) -> float:
-        """What a second moment starts with."""
+        """The value that a second moment starts with."""
         return 0.0
 
     def _check_rule(self, group: dict[str, Any]) -> None:
@@ -149,7 +149,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise
 
     def _check_entry(self, rule: str, param: Tensor, grad: Tensor, state: State, page: Page | None, where: str) -> None:
-        """What may have changed since the last step; the lengths of lists of blocks are the operator's to check."""
+        """Check what may have changed since the last step; the lengths of lists of blocks are the operator's to
+        check."""
         if grad.dtype not in FLOATS:
             raise ValueError(f"{where}: its gradient must be float32, float16 or bfloat16, got {_dtype(grad)}")
         names = RULES[rule]

@@ -1,4 +1,4 @@
-"""What one call of `octavo.ops.optim_step`, or of `optim_sums`, is given."""
+"""The arguments of one call of `octavo.ops.optim_step` or of `optim_sums`."""
 
 from __future__ import annotations
 

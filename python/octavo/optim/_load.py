@@ -79,7 +79,7 @@ def convert(
 
 
 def _bytes_of(entry: State, param: Tensor, group: dict[str, Any], rule: str) -> int:
-    """What a converted entry takes at most."""
+    """The most bytes that a converted entry takes."""
     names = RULES[rule]
     size = _state.bytes_of(param, names, _state.wants_8bit(group, param), "compensation" in entry, aligned)
     found = [entry[key] for key in names.absmax if isinstance(entry.get(key), Tensor)]

@@ -143,8 +143,8 @@ def optim_sums(
     grad_factor: Tensor | None = None,
     maximize: bool = False,
 ) -> Tensor:
-    """What `optim_step` has to know of whole parameters under the rules lamb, lars and stable_adamw: two sums over
-    each, which add up over the shards of one. Nothing is changed.
+    """Compute the sums over whole parameters that `optim_step` needs under the rules lamb, lars and stable_adamw: two
+    sums over each, which add up over the shards of one. Nothing is changed.
 
     Of lamb and lars the squares of the parameter, and of lamb's direction or lars's gradient. Of stable_adamw
     ``g**2 / max(v, eps**2)``, with the gradient and the new second moment, and the number of elements. Elements that

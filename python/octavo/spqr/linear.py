@@ -40,7 +40,7 @@ class SpQROptions(NamedTuple):
 
 
 def _tensor_errors(state: Mapping[str, Tensor], in_features: int, out_features: int, options: SpQROptions) -> list[str]:
-    """What is wrong with the tensors of an `SpQRLinear`, one line each: missing, dtype, shape, values.
+    """List the errors of the tensors of an `SpQRLinear`, one line each: missing, dtype, shape, values.
 
     Nothing is wrong with a state without any tensor of the weight. Values are read only where dtypes and shapes are
     right, by `SpQRWeight.validate`.

@@ -108,7 +108,7 @@ class SpQRWeight:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors: what the weight takes in memory and, but for headers, on disk."""
+        """The bytes of all tensors, which the weight takes in memory and, but for headers, on disk."""
         return sum(t.numel() * t.element_size() for t in self.arguments() if t is not None)
 
     @property
@@ -130,7 +130,7 @@ class SpQRWeight:
         return bits + (self.scale_bits + self.zero_bits) / self.group_size + second
 
     def validate(self) -> list[str]:
-        """What is wrong with the values that kernels trust, one line each: empty for a sound weight.
+        """List the errors among the values that kernels trust, one line each: empty for a sound weight.
 
         Shapes and dtypes are checked by the operators on each call; this reads the tensors and waits for the device.
         """

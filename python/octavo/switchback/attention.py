@@ -111,7 +111,7 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
             raise ValueError(f"out_proj: {error}") from None
 
     def prepare_for_eval(self: _Attention) -> _Attention:
-        """As of `SwitchBackLinear`, both projections."""
+        """Prepare both projections as `SwitchBackLinear.prepare_for_eval` does."""
         super().prepare_for_eval()
         out_proj: Any = self.out_proj
         out_proj.prepare_for_eval()

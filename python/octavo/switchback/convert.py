@@ -25,7 +25,7 @@ add_hint(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_linears` did.
+    """The record of what `convert_linears` did.
 
     Attributes:
         converted: names of the modules that are of another class now.

@@ -139,8 +139,8 @@ def switchback_weight(weight: Tensor, variant: str = "switchback", transpose: bo
 
 
 def _seed(like: Tensor) -> Tensor:
-    """Of a random rounding, drawn on the device from the generator of torch: `torch.manual_seed` repeats it, and every
-    replay of a CUDA graph draws anew."""
+    """The seed of a random rounding, drawn on the device from the generator of torch: `torch.manual_seed` repeats it,
+    and every replay of a CUDA graph draws anew."""
     return torch.randint(1 << 62, (1,), device=like.device)
 
 

@@ -72,7 +72,7 @@ class WeightCache:
 
 
 def _identity(weight: Tensor) -> tuple[int, int, int]:
-    """What changes with the weight, as far as Python can see."""
+    """A key that changes with the weight, as far as Python can see."""
     return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 

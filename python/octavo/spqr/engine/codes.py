@@ -86,7 +86,7 @@ class SpQRCodes:
 
     @property
     def outlier_share(self) -> float:
-        """Of all weights."""
+        """The outliers' share of all weights."""
         return len(self.outlier_values) / max(1, self.n * self.k)
 
     @property

@@ -113,7 +113,7 @@ def _unit(weight: Tensor) -> Tensor:
 def _quantize(
     w: Tensor, upper: Tensor | None, threshold: float, config: SpQRConfig, columns: Columns, where: str
 ) -> tuple[list[tuple[Tensor, ...]], float]:
-    """What the loop returns of each block of columns, and the sum of squared errors. w is overwritten."""
+    """Return the results of the loop for each block of columns, and the sum of squared errors. w is overwritten."""
     k = w.shape[1]
     second = (config.scale_bits, config.zero_bits) if config.bilevel else (0, 0)
     parts, loss = [], 0.0

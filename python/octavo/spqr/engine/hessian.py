@@ -51,7 +51,7 @@ class Hessian:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What `quantize_weight` needs of a Hessian, made once for all layers that share it.
+    """The factor of a Hessian that `quantize_weight` needs, made once for all layers that share it.
 
     Attributes:
         upper: fp32 [k, k] U, upper triangular: ``U^T U`` is the inverse of the damped Hessian over its mean diagonal,
