@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .sites import Site, forward, watching
 
-DAMPING = 0.01  # of the mean of diag(H), added to the diagonal before inversion
+DAMPING = 0.01  # this share of the mean of diag(H) is added to the diagonal before inversion
 BINS = 32  # along the order of quantization
-_CELLS = 96  # of a map's side
+_CELLS = 96  # the largest side of a map
 _MEMORY = 1 << 30  # bytes of H held at once; more layers mean more passes
 _BLOCK = 128  # columns whose errors are spread within before the rest of the matrix sees them
 _LOG = (-24.0, 12.0, 14400)  # decades and bins of the histograms of sensitivity
@@ -221,8 +221,8 @@ class Settings:
 
     bits: int = 3
     group_size: int = 16
-    share: float = 0.01  # of a layer's weights that are its outliers
-    order: str = "act"  # of the columns: act (by falling diag H), or identity
+    share: float = 0.01  # the share of a layer's weights that are its outliers
+    order: str = "act"  # the order of the columns: act (by falling diag H), or identity
 
     def to_dict(self) -> dict[str, Any]:
         names = ("bits", "group_size", "share", "order")

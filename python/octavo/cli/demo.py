@@ -39,8 +39,8 @@ from ..models.texts import prose
 from ..optim import AdamW8bit
 
 CONTEXT = 512
-_SPEED_TOKENS = 256  # of the prompt that speeds are taken with
-_TRAIN_TOKENS = 64  # of the gradient that the optimizers' steps are timed with
+_SPEED_TOKENS = 256  # tokens of the prompt that speeds are measured with
+_TRAIN_TOKENS = 64  # tokens of the batch whose gradient the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
 _TEXT = ("execmodel", "import", "objects")
@@ -323,7 +323,7 @@ class _Phases:
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn())
         live = console.is_terminal
-        # What draws in the background takes time from what is measured: it draws seldom.
+        # The display draws in the background and takes time from what is measured, so it draws seldom.
         self._bar = Progress(
             *columns, console=console, transient=True, refresh_per_second=4, redirect_stderr=False, disable=not live
         )
@@ -353,7 +353,7 @@ class _Phases:
         self._turns += 1
 
     def show(self, what: str, completed: int = 0, total: int | None = None) -> None:
-        """Name the part of the phase that runs now."""
+        """Show which part of the phase runs, and how far it is."""
         self._bar.update(self._task, description=f"{self._name} {what}", completed=completed, total=total)
 
     def _end(self) -> None:

@@ -38,7 +38,7 @@ from .report import LayerReport
 from .targets import Target, replace_each
 
 ENTRY_POINTS = "octavo.methods"
-# What commands call a model that no method changes: the first is the name, the others are taken for it.
+# Commands call a model that no method changes by the first of these names, and accept the others for it.
 UNQUANTIZED = ("none", "16bit")
 _OPTION = "octavo.option"
 
@@ -377,7 +377,7 @@ def methods() -> dict[str, Method]:
         for entry in metadata.entry_points(group=ENTRY_POINTS):
             try:
                 entry.load()
-            except Exception as error:  # of another package: octavo works without it
+            except Exception as error:  # the other package is at fault, and octavo works without its method
                 warnings.warn(f"octavo's method {entry.name} ({entry.value}) cannot be loaded: {error!r}", stacklevel=2)
     return _methods
 

@@ -31,7 +31,7 @@ MANIFEST, LOSSES, CURVE, ADAPTER = "finetune.json", "losses.jsonl", "losses.png"
 _CHECKPOINTS, _STATE, _TRAINING = "checkpoints", "state.json", "training.pt"
 _HASHED = (_TRAINING, *(f"{ADAPTER}/{name}" for name in FILES))  # at least
 _NUMBERS = ("step", "lr", "loss", "grad_norm", "tokens", "seconds")  # of each step
-# What reading a file with any bytes may raise.
+# The errors that reading a file with arbitrary bytes may raise.
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError,
     pickle.UnpicklingError,
@@ -175,7 +175,7 @@ class RunDirectory:
                 for entry in (*files, path / _STATE, path / ADAPTER, path):
                     _make_durable(entry)
             _make_durable(folder)
-        except Exception as error:  # of torch and safetensors besides: a full disk is of a different kind in each
+        except Exception as error:  # torch and safetensors each raise an error of their own for a full disk
             have = f"{shutil.disk_usage(self.path).free} bytes are free"
             last = self._steps()
             left = f"the last one is of step {last[-1]}" if last else "there is none before it"
@@ -359,7 +359,7 @@ def _sha256(path: Path) -> str:
 
 def _make_durable(path: Path) -> None:
     """Flush a file to disk, so that it is not only in the system's memory when something is renamed."""
-    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -91,7 +91,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             return
         with suppress(OSError, AttributeError, TypeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)  # what reading and quantizing left, hundreds of MB that nothing uses
+            ctypes.CDLL(None).malloc_trim(0)  # reading and quantizing leave hundreds of MB that nothing uses
         with suppress(OSError):  # not Linux, or not allowed: then it is since the process began
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets what `evaluate.peak_memory` reads
 

@@ -28,7 +28,7 @@ from .data import Text
 from .directory import ADAPTER, CURVE, Checkpoint, History, RunDirectory, open_run, replace
 from .settings import Settings
 
-_NAME = "default"  # of the adapter, as PEFT calls it
+_NAME = "default"  # the name of the adapter, as PEFT calls it
 
 
 class NonFiniteError(ValueError):

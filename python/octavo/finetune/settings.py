@@ -18,7 +18,7 @@ from ..lora.linear import LoRAConfig
 
 _OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
     "paged_adamw8bit": optim.PagedAdamW8bit,
-    "paged_adamw": optim.PagedAdamW,  # what the paper trained with: fp32 states
+    "paged_adamw": optim.PagedAdamW,  # the paper trained with this one: fp32 states
     "adamw8bit": optim.AdamW8bit,
     "adamw": None,  # torch's
     "paged_lion8bit": optim.PagedLion8bit,
@@ -26,7 +26,7 @@ _OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What may differ when a run goes on: where states live does not change the bits of a step.
+# These settings may differ when a run goes on: where states live does not change the bits of a step.
 _FREE = ("page_dir", "device_budget", "save_every")
 MAX_STEPS = 10**9
 _COUNTS = ("batch", "accumulate", "context", "eval_windows", "save_every")

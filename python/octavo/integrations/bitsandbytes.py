@@ -29,10 +29,10 @@ from ..nf4.linear import NF4Linear
 def to_bitsandbytes_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of an `Int8Linear` or `NF4Linear`, or of a model that holds some, with the keys of bitsandbytes.
 
-    Of `NF4Linear` ("nf4" and "fp4") it is what bitsandbytes writes for the same weight, to the byte, and in its order.
-    Of `Int8Linear` ``SCB = weight_scale * 127``; kept outlier columns have no counterpart there and are left out (their
-    int8 weights are in `weight`), and so is the threshold, which bitsandbytes takes from its configuration. Everything
-    else is as in ``module.state_dict()``. Tensors are shared with the module, not copied.
+    For `NF4Linear` ("nf4" and "fp4") it is what bitsandbytes writes for the same weight, to the byte, and in its order.
+    For `Int8Linear` ``SCB = weight_scale * 127``; kept outlier columns have no counterpart there and are left out
+    (their int8 weights are in `weight`), and so is the threshold, which bitsandbytes takes from its configuration.
+    Everything else is as in ``module.state_dict()``. Tensors are shared with the module, not copied.
 
     Raises:
         ValueError: there is no such layer in it, or one of a type that bitsandbytes has not ("nf2", "nf3", "nf8").

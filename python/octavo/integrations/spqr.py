@@ -165,7 +165,7 @@ def read_official(path: str | os.PathLike[str], model: nn.Module | None = None) 
     for file in files:
         for name, tensor in _tensors(file):
             layer, _, leaf = name.rpartition(".")
-            if leaf in _PARTS:  # those of a layer may be in several files
+            if leaf in _PARTS:  # the tensors of a layer may be in several files
                 parts.setdefault(layer, {})[leaf] = tensor
             else:
                 out.tensors[name] = tensor

@@ -167,7 +167,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # what a configuration that was saved once holds
+        if isinstance(dtype, str):  # a configuration that was saved once holds these
             dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, layer in _quantized_layers(model):
             model.set_submodule(name, layer.dequantize(dtype))
@@ -265,7 +265,8 @@ def _layers_to_quantize(model: Any, skip: Iterable[str], widest: int | None) -> 
 
 
 def _headers_of(config: OctavoConfig, files: Sequence[str]) -> _Headers:
-    headers: _Headers | None = getattr(config, "headers", None)  # of tensors in memory: see _bitsandbytes_models
+    # A configuration has headers where the tensors are in memory: see _bitsandbytes_models.
+    headers: _Headers | None = getattr(config, "headers", None)
     return _read_headers(files) if headers is None else headers
 
 

@@ -376,7 +376,7 @@ def load_adapter(
     if dtype is not None:
         check_dtype(dtype)
     made = {}
-    for layer, stored in chosen.items():  # what needs memory, before anything is changed
+    for layer, stored in chosen.items():  # the new tensors take memory, so they are made before anything is changed
         device = device_of(layer.base_layer if isinstance(layer, LoRALinear) else layer)
         if device.type == "meta":
             raise ValueError(f"{stored} is on the meta device: load the model before its adapters")

@@ -26,7 +26,7 @@ FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 BASE_CLASS, QUANTIZATION = "octavo_base_class", "octavo_base_quantization"  # in the metadata of tensors
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
-# What says nothing about the product that is computed, and what is read below. All else must be absent or off.
+# These entries do not change the product that is computed, or are read below. All others must be absent or off.
 _INERT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",

@@ -23,7 +23,7 @@ class Score:
     """Sums over tokens, so that windows can be added one by one."""
 
     tokens: int = 0  # with a next token to predict
-    nats: float = 0.0  # of surprise at them
+    nats: float = 0.0  # the total surprise at them
     positions: int = 0  # compared with the reference
     divergence: float = 0.0  # sum over them of KL(reference || model), in nats
 

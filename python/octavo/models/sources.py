@@ -107,7 +107,7 @@ def _quantization(path: Path) -> str | None:
     if not isinstance(quantization, dict):
         return repr(quantization)
     if "quant_method" not in quantization and {"load_in_4bit", "load_in_8bit"} & quantization.keys():
-        return "bitsandbytes"  # of before there was another
+        return "bitsandbytes"  # written before there were other quantizers
     return str(quantization.get("quant_method"))
 
 
@@ -165,7 +165,7 @@ def resolve(name: str) -> Source:
         )
     except ModelError:
         raise
-    except Exception as error:  # of several packages: no network, no such name, no permission
+    except Exception as error:  # several packages raise errors here: no network, no such name, no permission
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{name} is no path, and the hub does not give it: {reason}") from error
 

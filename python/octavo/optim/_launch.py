@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._paging import Page
 
-# Of parameters that are DTensors: their mesh and placements.
+# The mesh and placements of parameters that are DTensors.
 Shards: TypeAlias = tuple[Any, tuple[Any, ...]] | None
 
 

@@ -1,10 +1,10 @@
 """The states of a paged optimizer live beside their parameters, or in pages (`_schedule`) on the host.
 
-Of parameters on a GPU, pages are pinned host memory, copied to the device for their part of the step. Of parameters on
-the CPU they are a memory-mapped file: kernels work on the mapping, the kernel of the operating system reads and writes,
-and is told what comes next. Files are unlinked as soon as they are open, so that nothing is left in the folder whatever
-ends the process, and their space is free again when the last tensor over them is: a state that was taken out of an
-optimizer lives as long as any other tensor.
+For parameters on a GPU, pages are pinned host memory, copied to the device for their part of the step. For parameters
+on the CPU they are a memory-mapped file: kernels work on the mapping, the kernel of the operating system reads and
+writes, and is told what comes next. Files are unlinked as soon as they are open, so that nothing is left in the folder
+whatever ends the process, and their space is free again when the last tensor over them is: a state that was taken out
+of an optimizer lives as long as any other tensor.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Pager:
     def synchronize(self) -> None:
         """Wait until the host's memory holds what the last step left."""
 
-    # of _schedule.Device
+    # methods of _schedule.Device
 
     def buffer_of(self, page: Page) -> int:
         return page.buffer

@@ -148,7 +148,7 @@ class StableAdamW(Optimizer8bit):
 
     def rms(self) -> list[Tensor | None]:
         """The last step's rms of each parameter, in the order of the groups: fp32 numbers on the parameters' devices,
-        made without waiting for them; None where there was no gradient. Of a step that a GradScaler skipped: 0.
+        made without waiting for them; None where there was no gradient. It is 0 after a step that a GradScaler skipped.
 
         A parameter's rms rises above 1 some steps before the loss does: in the paper that of the patch embedding, 1 to
         8 steps. To log the largest: ``float(torch.stack([r for r in optimizer.rms() if r is not None]).max())``, now

@@ -69,8 +69,9 @@ def plan(sizes: Sequence[int], budget: int | None, held: int = 0, buffer: int = 
         ValueError: the budget is too small; the message has the values, but neither the optimizer nor the device.
     """
     # The sort is stable: of equal sizes the earlier state comes first.
+    # The sort is stable: of equal sizes the earlier state comes first.
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i]) if staged else []
-    # What is needed if the k largest stay: they, and two buffers of the next.
+    # If the k largest stay, the device must hold them and two buffers of the size of the next.
     kept = [0, *itertools.accumulate(sizes[i] for i in order)]
     largest = [*(max(sizes[i], buffer) for i in order), buffer]
     k = min(range(len(order) + 1), key=lambda k: kept[k] + 2 * largest[k])
@@ -117,7 +118,7 @@ def schedule(buffers: Sequence[int]) -> Iterator[Op]:
     A page is loaded while the page before it is stepped, if that is in the other buffer, and not before its buffer's
     last page is stored.
     """
-    stored: dict[int, int] = {}  # by buffer: its last page
+    stored: dict[int, int] = {}  # the last page of each buffer
     taken: set[int] = set()
     ahead = 0
     for i, buffer in enumerate(buffers):

@@ -90,7 +90,7 @@ def local_of(t: Tensor) -> Tensor:
     if not is_dtensor(t):
         return t
     local = cast(Any, t).to_local()
-    wait = getattr(local, "wait", None)  # of a collective still under way
+    wait = getattr(local, "wait", None)  # a local part may come of a collective that is still under way
     return cast(Tensor, local if wait is None else wait())
 
 

@@ -146,7 +146,7 @@ def optim_sums(
     """Compute the sums over whole parameters that `optim_step` needs under the rules lamb, lars and stable_adamw: two
     sums over each, which add up over the shards of one. Nothing is changed.
 
-    Of lamb and lars the squares of the parameter, and of lamb's direction or lars's gradient. Of stable_adamw
+    For lamb and lars they are the squares of the parameter, and of lamb's direction or lars's gradient. Of stable_adamw
     ``g**2 / max(v, eps**2)``, with the gradient and the new second moment, and the number of elements. Elements that
     the step will leave alone add nothing but to that number.
 

@@ -201,7 +201,7 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
             fail(f"query, key and value must all have 3 dimensions, or 2 without a batch, got shapes {shapes}")
         if {t.shape[-1] for t in (query, key, value)} != {self.embed_dim} or key.shape != value.shape:
             fail(f"query, key and value must have {self.embed_dim} features, key and value one shape, got {shapes}")
-        at = 0 if query.dim() == 2 or not self.batch_first else 1  # of the positions
+        at = 0 if query.dim() == 2 or not self.batch_first else 1  # the dimension of the positions
         batch = None if query.dim() == 2 else query.shape[1 - at]
         if batch is not None and key.shape[1 - at] != batch:
             fail(f"query and key differ in their batch: shapes {shapes}")

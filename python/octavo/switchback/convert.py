@@ -54,8 +54,8 @@ def convert_linears(
     `octavo.nn.SwitchBackMultiheadAttention`, or back.
 
     Modules change their class where they stand: parameters, hooks, names, training mode and whatever else refers to
-    them stay as they are, so that it makes no difference whether the optimizer was made before or after. That of
-    ``convert_linears(model, SwitchBackLinear)`` undoes ``convert_linears(model, torch.nn.Linear)``.
+    them stay as they are, so that it makes no difference whether the optimizer was made before or after. A call with
+    `torch.nn.Linear` undoes one with `SwitchBackLinear`.
 
     Converted are modules whose type is exactly `torch.nn.Linear` (also a fused query-key-value projection) or
     `torch.nn.MultiheadAttention`, whose projections are converted together. All is checked before anything is changed.
