@@ -1,7 +1,7 @@
 #pragma once
 // The inner loop of the quantization over a vector type V (cpu/vec_*.h), once per ISA level: a lane is a row. The
 // `stats_rows` rows that share statistics of the second level are a tile, held transposed so that a column of it is
-// whole vectors. No fma: a plain PyTorch version (python/octavo/reference_spqr.py) gives the same bits.
+// whole vectors. No fma: a plain PyTorch version (python/octavo/spqr/reference_columns.py) gives the same bits.
 #include "spqr/columns.h"
 
 namespace octavo::cpu {

@@ -1,4 +1,4 @@
-"""What the operators compute, in plain PyTorch: same names, same signatures, float64 where the result is a float.
+"""The operators in plain PyTorch: same names, same signatures, float64 where the result is a float.
 
 Codes, scales and integers are exact (the operators must give the same bits); products are float64 (the operators must
 be as close to them as fp32 accumulation allows). Slow, and meant to be read.

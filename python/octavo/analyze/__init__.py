@@ -58,6 +58,12 @@ def run(
 
     Raises:
         ModelError, OSError, ValueError: the model or a file cannot be read, the text is too short, no Linear layer.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo.analyze import run
+        >>> from rich.console import Console
+        >>> record = run(Console(), "smollm2", Path("novel.txt"), Path("analysis"))  # doctest: +SKIP
     """
     begin = time.perf_counter()
     plots.need_matplotlib()
@@ -86,7 +92,18 @@ def run(
 
 
 def analyze(console: Console, model: Any, ids: Tensor, threshold: float, settings: Settings) -> dict[str, Any]:
-    """Both analyses of a causal language model on the windows [n, context], in numbers that JSON can hold."""
+    """Both analyses of a causal language model on the windows [n, context], in numbers that JSON can hold.
+
+    Example:
+        >>> import torch, transformers
+        >>> from octavo.analyze import Settings, analyze
+        >>> from rich.console import Console
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
+        >>> record = analyze(Console(quiet=True), model, torch.arange(64).reshape(2, 32), 6.0, Settings())
+        >>> sorted(record)
+        ['activations', 'perplexity', 'tokens', 'weights', 'windows']
+    """
     sites = find_sites(model, ids[0, :16])
     names = [(name, site) for site in sites for name in site.linears]
     depths = sorted({site.depth for site in sites})
@@ -135,7 +152,7 @@ def text_windows(tokenizer: Any, path: Path, context: int, limit: int) -> Tensor
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote.
+    """Read the record that an earlier run wrote.
 
     Raises:
         OSError, ValueError: there is no such file, or it holds something else.

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..models import evaluate
 from .sites import Site, watching
 
-LAYERS = 0.25  # of the layers, and
-POSITIONS = 0.06  # of the positions that a dimension must reach the threshold in to be an outlier feature
+LAYERS = 0.25  # the share of the layers, and below
+POSITIONS = 0.06  # that of the positions, in which a dimension must reach the threshold to be an outlier feature
 _TOP = 32  # dimensions whose layers are listed one by one
 
 
 class _Seen:
-    """What was seen at one site, over all positions."""
+    """The activations seen at one site, over all positions."""
 
     def __init__(self, features: int) -> None:
         self.positions = 0
@@ -29,7 +29,7 @@ class _Seen:
 
 
 class _Kind:
-    """What the sites of one projection have in common: the same dimensions, layer after layer."""
+    """The outliers that the sites of one projection have in common: the same dimensions, layer after layer."""
 
     def __init__(self, features: int) -> None:
         self.positions = torch.zeros(features, dtype=torch.int64)  # with the threshold reached in any layer

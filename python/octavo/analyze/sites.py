@@ -1,4 +1,4 @@
-"""Where a model's activations enter its Linear layers: the places that both analyses look at."""
+"""Sites are the places where a model's activations enter its Linear layers; both analyses look at them."""
 
 from __future__ import annotations
 

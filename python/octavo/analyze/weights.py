@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .sites import Site, forward, watching
 
-DAMPING = 0.01  # of the mean of diag(H), added to the diagonal before inversion
+DAMPING = 0.01  # this share of the mean of diag(H) is added to the diagonal before inversion
 BINS = 32  # along the order of quantization
-_CELLS = 96  # of a map's side
+_CELLS = 96  # the largest side of a map
 _MEMORY = 1 << 30  # bytes of H held at once; more layers mean more passes
 _BLOCK = 128  # columns whose errors are spread within before the rest of the matrix sees them
 _LOG = (-24.0, 12.0, 14400)  # decades and bins of the histograms of sensitivity
@@ -121,7 +121,8 @@ def relative_error(w: Tensor, rounded: Tensor, hessian: Tensor) -> float:
 
 
 def structure(outliers: Tensor, heads: Heads | None = None) -> dict[str, Any]:
-    """To what the outliers, bool [n, k], belong: shares of them that add up to 1, and which rows, columns, heads.
+    """Attribute the outliers, bool [n, k], to what they belong to: shares of them that add up to 1, and which rows,
+    columns, heads.
 
     Rows come first, then columns; then, among the weights in none of these, heads, then rotary frequencies; the rest is
     unstructured. A row (column, ...) counts if its rate of outliers is at least twice that of the other weights, and if
@@ -210,12 +211,18 @@ def passes(sites: Sequence[Site]) -> list[list[Site]]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How weights are rounded and what counts as an outlier."""
+    """How weights are rounded and what counts as an outlier.
+
+    Example:
+        >>> from octavo.analyze import Settings
+        >>> Settings(bits=4).group_size
+        16
+    """
 
     bits: int = 3
     group_size: int = 16
-    share: float = 0.01  # of a layer's weights that are its outliers
-    order: str = "act"  # of the columns: act (by falling diag H), or identity
+    share: float = 0.01  # the share of a layer's weights that are its outliers
+    order: str = "act"  # the order of the columns: act (by falling diag H), or identity
 
     def to_dict(self) -> dict[str, Any]:
         names = ("bits", "group_size", "share", "order")
@@ -271,7 +278,8 @@ def top(values: Tensor, share: float) -> Tensor:
 
 
 def shares_of_model(histograms: Sequence[Tensor], share: float) -> list[float]:
-    """Of each layer, the share of its weights among the model's `share` most sensitive ones, to within a bin."""
+    """For each layer, return the share of its weights that are among the model's `share` most sensitive ones, to within
+    a bin."""
     falling = torch.stack(list(histograms)).double().flip(1).cumsum(1)  # [layers, bins]: weights at or above each bin
     whole = falling[:, -1]
     at = int(((falling.sum(0) - share * whole.sum()).abs()).argmin())

@@ -161,12 +161,12 @@ def state_code_dithered(v: Tensor, signed: bool, draw: Tensor) -> Tensor:
 
 
 def dither_key(number: int, step: float, state: int) -> int:
-    """Of one state of a parameter in one step."""
+    """The key of the random numbers for one state of a parameter in one step."""
     return (int(step) * 0x91E10DA5 + number * 0x9E3779B9 + state * 0x85EBCA6B) & 0xFFFFFFFF
 
 
 def dither(key: int, index: Tensor) -> Tensor:
-    """The numbers of the elements `index` (int64)."""
+    """The random numbers that a key gives the elements `index` (int64)."""
     random = (key + index * 0xC13FA9A9) & 0xFFFFFFFF
     unit = ((random >> 9) | 0x3F800000).int().view(torch.float32)  # [1, 2)
     scale = 1.0 - 2.0**-10

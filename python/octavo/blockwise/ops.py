@@ -35,6 +35,12 @@ def quantize_blockwise(
 
     Raises:
         RuntimeError: wrong dtype, device or blocksize, a code book of another shape or (on the CPU) order.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, absmax = octavo.quantize_blockwise(torch.tensor([0.0, 2.0, -2.0, 1.0]))
+        >>> codes, absmax
+        (tensor([127, 255,   0, 219], dtype=torch.uint8), tensor([2.]))
     """
     return torch.ops.octavo.quantize_blockwise(x, blocksize, signed, code)
 
@@ -61,6 +67,13 @@ def dequantize_blockwise(
         absmax: fp32 [ceil(numel / blocksize)].
         dtype: of the result: fp32, fp16 or bf16.
         blocksize, signed, code: as for `quantize_blockwise`.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, absmax = octavo.quantize_blockwise(torch.linspace(-1, 1, 512))
+        >>> x = octavo.dequantize_blockwise(codes, absmax)
+        >>> bool((x - torch.linspace(-1, 1, 512)).abs().max() < 0.01)
+        True
     """
     return torch.ops.octavo.dequantize_blockwise(codes, absmax, dtype, blocksize, signed, code)
 

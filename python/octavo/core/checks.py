@@ -1,4 +1,4 @@
-"""Checks, and words of their messages, that all families share."""
+"""The checks that all families share, and the wording of their messages."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_weight(linear: nn.Linear, name: str = "") -> None:
 
 
 def bias_errors(bias: Tensor | None, out_features: int) -> list[str]:
-    """What is wrong with the bias of a layer, if anything."""
+    """List the errors of a layer's bias; the list is empty for a sound one."""
     if bias is None or (bias.dtype in FLOATS and tuple(bias.shape) == (out_features,)):
         return []
     found = f"{dtype_name(bias)} {list(bias.shape)}"

@@ -1,4 +1,4 @@
-"""What every operator needs besides its kernel: a fake, which gives shapes and dtypes to torch.compile."""
+"""Every operator needs a fake besides its kernel: a function that tells torch.compile shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def register_fakes(namespace: str) -> None:
-    """Give the operators of another namespace with the same schemas (a test build's) the same fakes."""
+    """Give the operators of another namespace with the same schemas (a test build's) the same fakes.
+
+    Example:
+        >>> import octavo
+        >>> octavo.ops.register_fakes("octavo_simt")  # doctest: +SKIP
+    """
     for name, function in _registered.items():
         torch.library.register_fake(f"{namespace}::{name}", function)
 

@@ -1,4 +1,4 @@
-"""What the differentiable functions of all families share."""
+"""Helpers that the differentiable functions of all families share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`LowBitLinear`: what linear layers with a quantized weight share."""
+"""`LowBitLinear` is the base class of all linear layers with a quantized weight."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class LowBitLinear(FrozenBuffers):
         return 8 * stored / max(1, self.in_features * self.out_features)
 
     def figures(self) -> dict[str, Any]:
-        """What a report says of the layer beside its size."""
+        """The figures that a report shows for the layer beside its size."""
         return {"nominal_bits": self.nominal_bits, "real_bits": self.real_bits}
 
     # ---- what files say of it ----------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class LowBitLinear(FrozenBuffers):
         return self.stored_as
 
     def configuration(self) -> dict[str, Any]:
-        """What `from_configuration` needs to make a module like this one."""
+        """The configuration from which `from_configuration` makes a module like this one."""
         return self._sizes() | {name: getattr(self, name) for name in self.fields}
 
     def _sizes(self) -> dict[str, Any]:
@@ -166,7 +166,7 @@ class LowBitLinear(FrozenBuffers):
 
     @classmethod
     def tensor_errors(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
-        """What is wrong with the tensors of a module, one line each: missing, dtype, shape, values.
+        """List the errors of a module's tensors, one line each: missing, dtype, shape, values.
 
         Nothing is wrong with a state without any tensor of the weight.
         """
@@ -199,7 +199,7 @@ class LowBitLinear(FrozenBuffers):
         return "".join((text, *(f", {name}={value}" for name, value in self._described().items())))
 
     def _described(self) -> Mapping[str, Any]:
-        """What `extra_repr` says beside sizes and bias."""
+        """The fields that `extra_repr` shows beside sizes and bias."""
         return {}
 
     def fit_to(self, state: Mapping[str, Tensor]) -> None:

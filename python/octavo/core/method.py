@@ -38,13 +38,21 @@ from .report import LayerReport
 from .targets import Target, replace_each
 
 ENTRY_POINTS = "octavo.methods"
-# What commands call a model that no method changes: the first is the name, the others are taken for it.
+# Commands call a model that no method changes by the first of these names, and accept the others for it.
 UNQUANTIZED = ("none", "16bit")
 _OPTION = "octavo.option"
 
 
 class Option(NamedTuple):
-    """What is known of a setting beside its type and default: see `option`."""
+    """The description of a setting beside its type and default: see `option`.
+
+    Example:
+        >>> from octavo.core.method import about, find_method
+        >>> import dataclasses
+        >>> method, settings = find_method("nf4")
+        >>> about(dataclasses.fields(method.Settings)[0]).metavar
+        'TYPE'
+    """
 
     help: str
     choices: tuple[Any, ...] | None
@@ -79,6 +87,7 @@ def option(
 
     Example:
         >>> from dataclasses import dataclass
+        >>> from octavo.core.method import MethodSettings, option
         >>> @dataclass(frozen=True)
         ... class Settings(MethodSettings):
         ...     blocksize: int = option(64, "weights that share a scale", choices=(32, 64))
@@ -91,7 +100,14 @@ def option(
 
 
 def about(entry: dataclasses.Field[Any]) -> Option:
-    """What `option` was told of a field."""
+    """The description that `option` stored in a field.
+
+    Example:
+        >>> import dataclasses
+        >>> from octavo.core.method import about, methods
+        >>> about(dataclasses.fields(methods()["int8"].Settings)[0]).help
+        "|x| from which an activation's column is multiplied in 16 bit; 0: never; lower: more accurate, slower"
+    """
     found: Option = entry.metadata[_OPTION]
     return found
 
@@ -102,6 +118,15 @@ class MethodSettings:
 
     Raises:
         ValueError: a value that the field's choices, range or type do not have.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from octavo.core.method import MethodSettings, option
+        >>> @dataclass(frozen=True)
+        ... class Settings(MethodSettings):
+        ...     bits: int = option(4, "bits of a code", choices=(2, 4))
+        >>> Settings(bits=2).describe()
+        'bits 2'
     """
 
     def __post_init__(self) -> None:
@@ -126,7 +151,7 @@ class MethodSettings:
         return ", ".join(f"{name} {getattr(self, name)}" for name in changed) or "default settings"
 
     def to_dict(self) -> dict[str, Any]:
-        """By name, as JSON can hold them."""
+        """The settings by name, as values that JSON can hold."""
         return dataclasses.asdict(self)
 
 
@@ -140,6 +165,12 @@ class Trial:
         settings: of the method.
         calibration: makes what `octavo.quantize_model` takes as calibration; None for none.
         bound: of the relative error of the model's output.
+
+    Example:
+        >>> from octavo.core.method import methods
+        >>> trial = methods()["nf4"].trial()
+        >>> trial.model()(trial.inputs()).shape
+        torch.Size([5, 32])
     """
 
     model: Callable[[], nn.Module]
@@ -150,7 +181,13 @@ class Trial:
 
 
 class Showcase(NamedTuple):
-    """One row of `octavo demo` and of ``octavo.bench.quality``: a title, settings and a remark."""
+    """One row of `octavo demo` and of ``octavo.bench.quality``: a title, settings and a remark.
+
+    Example:
+        >>> from octavo.core.method import Showcase
+        >>> Showcase("4 bit", {"blocksize": 128}).note
+        ''
+    """
 
     title: str
     settings: Mapping[str, Any]
@@ -174,6 +211,14 @@ class Method(ABC):
         for_training: settings of a base for adapters, where they are not given.
         residual: whether adapters on it begin with what quantization lost, unless they are told not to.
         showcase: rows of the demo.
+
+    Example:
+        >>> from octavo.core.method import methods
+        >>> method = methods()["nf4"]
+        >>> method.layer.__name__, method.needs_calibration
+        ('NF4Linear', False)
+        >>> method.settings({"blocksize": 128}).blocksize
+        128
     """
 
     name: ClassVar[str]
@@ -252,7 +297,8 @@ class Method(ABC):
     # ---- checkpoints and adapters ------------------------------------------------------------------------------------
 
     def layout(self, settings: Any) -> dict[str, Any]:
-        """What a checkpoint says of all its layers together: fields of the layers' configuration, with values."""
+        """The part of the settings that a checkpoint records once for all its layers: fields of the layers'
+        configuration, with values."""
         return {name: getattr(settings, name) for name in self.layout_defaults() if hasattr(settings, name)}
 
     def layout_defaults(self) -> dict[str, Any]:
@@ -293,6 +339,14 @@ def register(name: str) -> Callable[[_Class], _Class]:
 
     Raises:
         ValueError: there is a method or alias of this name.
+
+    Example:
+        >>> from octavo.core.method import Method, register
+        >>> @register("nf4")
+        ... class Mine(Method):
+        ...     pass
+        Traceback (most recent call last):
+        ValueError: there is a method 'nf4' already
     """
 
     def add(cls: _Class) -> _Class:
@@ -310,20 +364,32 @@ def register(name: str) -> Callable[[_Class], _Class]:
 
 
 def methods() -> dict[str, Method]:
-    """All methods by name: octavo's own, and those of other packages."""
+    """All methods by name: octavo's own, and those of other packages.
+
+    Example:
+        >>> from octavo.core.method import methods
+        >>> sorted({"int8", "nf4", "spqr"} & methods().keys())
+        ['int8', 'nf4', 'spqr']
+    """
     global _pending
     if _pending:
         _pending = False
         for entry in metadata.entry_points(group=ENTRY_POINTS):
             try:
                 entry.load()
-            except Exception as error:  # of another package: octavo works without it
+            except Exception as error:  # the other package is at fault, and octavo works without its method
                 warnings.warn(f"octavo's method {entry.name} ({entry.value}) cannot be loaded: {error!r}", stacklevel=2)
     return _methods
 
 
 def method_names(unquantized: bool = False) -> list[str]:
-    """Every name that a method may be called by, aliases behind their method; `unquantized` adds "none"."""
+    """Every name that a method may be called by, aliases behind their method; `unquantized` adds "none".
+
+    Example:
+        >>> from octavo.core.method import method_names
+        >>> "fp4" in method_names(), method_names(unquantized=True)[0]
+        (True, 'none')
+    """
     names = [n for name, method in methods().items() for n in (name, *method.aliases)]
     return [UNQUANTIZED[0], *names] if unquantized else names
 
@@ -335,6 +401,7 @@ def find_method(name: str, given: Mapping[str, Any] | None = None) -> tuple[Meth
         ValueError: an unknown name; a setting that contradicts the alias.
 
     Example:
+        >>> from octavo.core.method import find_method
         >>> method, settings = find_method("fp4", {"blocksize": 128})
         >>> method.name, settings
         ('nf4', {'quant_type': 'fp4', 'blocksize': 128})
@@ -353,7 +420,13 @@ def find_method(name: str, given: Mapping[str, Any] | None = None) -> tuple[Meth
 
 
 def unknown_method(name: object, unquantized: bool = False) -> str:
-    """What to say of a name that no method has."""
+    """The error message for a name that no method has.
+
+    Example:
+        >>> from octavo.core.method import unknown_method
+        >>> unknown_method("npf4").partition(";")[0]
+        "unknown method 'npf4' (did you mean nf4?)"
+    """
     known = method_names(unquantized)
     close = difflib.get_close_matches(str(name), known, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
@@ -361,27 +434,60 @@ def unknown_method(name: object, unquantized: bool = False) -> str:
 
 
 def is_unquantized(name: str) -> bool:
-    """Whether it is a name for a model that stays as it is."""
+    """Whether it is a name for a model that stays as it is.
+
+    Example:
+        >>> from octavo.core.method import is_unquantized
+        >>> is_unquantized("none"), is_unquantized("nf4")
+        (True, False)
+    """
     return name in UNQUANTIZED
 
 
 def stored_methods() -> dict[str, type[LowBitLinear]]:
-    """The classes of quantized layers by the names that files have for them."""
+    """The classes of quantized layers by the names that files have for them.
+
+    Example:
+        >>> from octavo.core.method import stored_methods
+        >>> stored_methods()["nf4"].__name__
+        'NF4Linear'
+    """
     return {method.name: method.layer for method in methods().values() if method.stored == method.name}
 
 
 def layer_class(stored: str) -> type[LowBitLinear]:
-    """The class of layers that files call `stored`."""
+    """The class of layers that files call `stored`.
+
+    Example:
+        >>> from octavo.core.method import layer_class
+        >>> layer_class("int8").__name__
+        'Int8Linear'
+    """
     return stored_methods()[stored]
 
 
 def method_of(module: nn.Module) -> str | None:
-    """The name in files of a quantized layer's method; None for any other module."""
+    """The name in files of a quantized layer's method; None for any other module.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.core.method import method_of
+        >>> method_of(octavo.nn.Int8Linear(4, 2)), method_of(torch.nn.Linear(4, 2))
+        ('int8', None)
+    """
     return module.stored_as if isinstance(module, LowBitLinear) else None
 
 
 def method_of_description(description: str) -> tuple[Method, dict[str, Any]] | None:
-    """Method and settings of what `LowBitLinear.describe` wrote; None where no method knows it."""
+    """Method and settings of what `LowBitLinear.describe` wrote; None where no method knows it.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.core.method import method_of_description
+        >>> method, settings = method_of_description(octavo.nn.Int8Linear(4, 2).describe())
+        >>> method.name
+        'int8'
+    """
     for method in methods().values():
         if (settings := method.settings_of(description)) is not None:
             return method, settings

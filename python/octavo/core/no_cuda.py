@@ -1,4 +1,4 @@
-"""What an operator says to a CUDA tensor in a build without CUDA kernels: how to build them."""
+"""In a build without CUDA kernels an operator answers a CUDA tensor with an error that says how to build them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `quantize_model` gives back: a `Report`, of one `LayerReport` for each layer."""
+"""`quantize_model` returns a `Report`, which holds one `LayerReport` for each layer."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `quantize_model` did. The method's settings are attributes, too.
+    """The record of what `quantize_model` did. The method's settings are attributes, too.
 
     Attributes:
         method: its name.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-MANIFEST = "octavo.json"  # of a directory that octavo.save_quantized wrote
+MANIFEST = "octavo.json"  # the manifest of a directory that octavo.save_quantized wrote
 
 
 @contextmanager

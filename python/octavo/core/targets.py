@@ -20,7 +20,7 @@ from .report import LayerReport
 
 HEAD = "lm_head"  # the output layer of most language models
 SKIP = (HEAD,)
-# Where a model has layers that another part of octavo made, one line says what to do: (how to tell, what to say).
+# For layers that another part of octavo made there is a line that says what to do: (how to tell them, the line).
 _hints: list[tuple[Callable[[nn.Module], bool], str]] = []
 
 
@@ -57,6 +57,7 @@ def matches(names: Iterable[str], pattern: str) -> bool:
     """Whether a pattern means a layer with these full names.
 
     Example:
+        >>> from octavo.core.targets import matches
         >>> matches(["model.layers.0.mlp.up_proj"], "up_proj"), matches(["model.layers.0.mlp.up_proj"], "*.0.mlp")
         (True, True)
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_SMOOTHING = 0.9  # of the running mean
+_SMOOTHING = 0.9  # the decay of the running mean
 
 
 def smoothed(losses: Sequence[float], smoothing: float = _SMOOTHING) -> list[float]:

@@ -31,7 +31,7 @@ MANIFEST, LOSSES, CURVE, ADAPTER = "finetune.json", "losses.jsonl", "losses.png"
 _CHECKPOINTS, _STATE, _TRAINING = "checkpoints", "state.json", "training.pt"
 _HASHED = (_TRAINING, *(f"{ADAPTER}/{name}" for name in FILES))  # at least
 _NUMBERS = ("step", "lr", "loss", "grad_norm", "tokens", "seconds")  # of each step
-# What reading a file with any bytes may raise.
+# The errors that reading a file with arbitrary bytes may raise.
 _DAMAGE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError,
     pickle.UnpicklingError,
@@ -42,7 +42,7 @@ _Mark = dict[str, Any]
 
 @dataclass
 class History:
-    """What has been measured so far: one entry per step, in order, and perplexities by the number of steps before."""
+    """The figures measured so far: one entry per step, in order, and perplexities by the number of steps before."""
 
     steps: list[dict[str, float]] = field(default_factory=list)
     perplexities: dict[int, float] = field(default_factory=dict)
@@ -57,7 +57,8 @@ class History:
 
 @dataclass
 class Checkpoint:
-    """As it is on disk; `training` has been read, the adapter is read from its directory."""
+    """A checkpoint on disk; `training` has been read already, the adapter is read from its directory when it is
+    needed."""
 
     path: Path
     step: int
@@ -136,7 +137,7 @@ class RunDirectory:
     # ---- losses ----
 
     def rewrite_losses(self, history: History) -> None:
-        """What was measured after the checkpoint is measured again."""
+        """Drop the figures that were measured after the checkpoint: the resumed run measures them again."""
         text = "".join(json.dumps(line) + "\n" for line in history.lines())
         replace(self.path / LOSSES, lambda target: target.write_text(text, encoding="utf-8"))
 
@@ -174,7 +175,7 @@ class RunDirectory:
                 for entry in (*files, path / _STATE, path / ADAPTER, path):
                     _make_durable(entry)
             _make_durable(folder)
-        except Exception as error:  # of torch and safetensors besides: a full disk is of a different kind in each
+        except Exception as error:  # torch and safetensors each raise an error of their own for a full disk
             have = f"{shutil.disk_usage(self.path).free} bytes are free"
             last = self._steps()
             left = f"the last one is of step {last[-1]}" if last else "there is none before it"
@@ -226,7 +227,7 @@ class RunDirectory:
         return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
     def last_step(self) -> int | None:
-        """Of the newest checkpoint."""
+        """The step of the newest checkpoint; None without one."""
         return max(self._steps(), default=None)
 
     def _remove(self, path: Path) -> None:
@@ -326,7 +327,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _history(state: Mapping[str, Any]) -> History:
-    """From a checkpoint's state. ValueError unless every entry is what `RunDirectory.save` writes."""
+    """Read the history from a checkpoint's state. ValueError unless every entry is what `RunDirectory.save` writes."""
 
     def check(valid: bool, what: str, value: object) -> None:
         if not valid:
@@ -357,8 +358,8 @@ def _sha256(path: Path) -> str:
 
 
 def _make_durable(path: Path) -> None:
-    """On disk, and not only in the system's memory, before anything is renamed."""
-    if os.name == "nt" and path.is_dir():  # which cannot be opened there
+    """Flush a file to disk, so that it is not only in the system's memory when something is renamed."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory
         return
     handle = os.open(path, os.O_RDONLY)
     try:

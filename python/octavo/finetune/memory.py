@@ -1,4 +1,4 @@
-"""What fine-tuning holds in memory: weights, adapters, gradients, optimizer states."""
+"""Account for the memory that fine-tuning holds: weights, adapters, gradients, optimizer states."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class MemoryRow:
         measured: of the tensors of a run, or else computed from the number of parameters.
         peak: the most memory of the process (CUDA: of the device) in the training steps, activations included; None
             where it was not measured.
+
+    Example:
+        >>> from octavo.finetune import MemoryRow
+        >>> MemoryRow("mine", weights=500, adapters=10, gradients=10, optimizer=20).total
+        540
     """
 
     name: str
@@ -53,6 +58,11 @@ def memory_table(parameters: int, adapters: int, run: MemoryRow | None = None) -
         parameters: of the model without adapters, tied ones once.
         adapters: parameters of the adapters.
         run: what `measure` found.
+
+    Example:
+        >>> from octavo.finetune import memory_table
+        >>> [(row.name, row.total) for row in memory_table(1000, 10)]
+        [('fp32, all weights, AdamW', 16000), ('LoRA, 16-bit base, AdamW', 2160)]
     """
     rows = [
         MemoryRow("fp32, all weights, AdamW", 4 * parameters, 0, 4 * parameters, 8 * parameters),
@@ -73,7 +83,7 @@ def measure(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, peak:
 
 
 class Peak:
-    """The most memory from now on."""
+    """Measures the peak of memory from the moment it is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -81,7 +91,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             return
         with suppress(OSError, AttributeError, TypeError):  # not glibc
-            ctypes.CDLL(None).malloc_trim(0)  # what reading and quantizing left, hundreds of MB that nothing uses
+            ctypes.CDLL(None).malloc_trim(0)  # reading and quantizing leave hundreds of MB that nothing uses
         with suppress(OSError):  # not Linux, or not allowed: then it is since the process began
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets what `evaluate.peak_memory` reads
 

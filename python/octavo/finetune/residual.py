@@ -16,9 +16,9 @@ from ..analyze.sites import find_sites
 from ..analyze.weights import hessians
 from .settings import Settings
 
-_TOKENS = 8192  # of the text to measure inputs on
-_DAMPING = 1e-3  # of R's mean diagonal, added to it: R of few tokens is singular
-_OVERSAMPLING, _ITERATIONS = 16, 4  # of the randomized SVD
+_TOKENS = 8192  # tokens of the text to measure inputs on
+_DAMPING = 1e-3  # this share of R's mean diagonal is added to it, because R is singular after few tokens
+_OVERSAMPLING, _ITERATIONS = 16, 4  # parameters of the randomized SVD
 Start = dict[str, tuple[Tensor, Tensor]]  # A and B of layers by name
 
 

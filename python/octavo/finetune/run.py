@@ -28,18 +28,33 @@ from .data import Text
 from .directory import ADAPTER, CURVE, Checkpoint, History, RunDirectory, open_run, replace
 from .settings import Settings
 
-_NAME = "default"  # of the adapter, as PEFT calls it
+_NAME = "default"  # the name of the adapter, as PEFT calls it
 
 
 class NonFiniteError(ValueError):
-    """A loss, gradient or perplexity that is NaN or Inf; training has stopped and its checkpoints are kept."""
+    """A loss, gradient or perplexity that is NaN or Inf; training has stopped and its checkpoints are kept.
+
+    Example:
+        >>> from octavo.finetune import NonFiniteError
+        >>> issubclass(NonFiniteError, Exception)
+        True
+    """
 
 
 class Watcher:
-    """Is told how a run goes on; does nothing."""
+    """A run calls these methods as it goes on; here they do nothing, and a subclass overrides those it needs.
+
+    Example:
+        >>> from octavo.finetune import Watcher
+        >>> class Losses(Watcher):
+        ...     def step(self, line):
+        ...         print(line["step"], line["loss"])
+        >>> Losses().step({"step": 1, "loss": 2.5})
+        1 2.5
+    """
 
     def stage(self, what: str) -> None:
-        """What comes next, before training."""
+        """A stage before training begins; `what` names it."""
 
     def begin(self, total: int, history: History) -> None:
         """Training begins, or goes on after the steps in `history`, of `total`. From here on `stop` is asked."""
@@ -62,7 +77,7 @@ class Watcher:
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a run.
+    """The outcome of a run.
 
     Attributes:
         out: its directory.
@@ -73,6 +88,12 @@ class Result:
         tokens_per_s: in the steps.
         seconds: of all steps.
         memory: see `memory_table`; the last row is this run.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo.finetune import Result
+        >>> Result(Path("run"), None, 2, 2, [3.5, 3.0], {2: 20.0}, 1000.0, 1.5, []).losses[-1]
+        3.0
     """
 
     out: Path
@@ -126,6 +147,12 @@ def finetune(
             positions; a run with another model, text or settings in `out`.
         OSError: a file or directory that cannot be read or written, too little space.
         NonFiniteError: a loss or gradient that is NaN or Inf. Checkpoints are kept.
+
+    Example:
+        >>> from octavo.finetune import Settings, finetune
+        >>> result = finetune("smollm2", "novel.txt", "run", Settings(rank=16))  # doctest: +SKIP
+        >>> result.adapter  # doctest: +SKIP
+        PosixPath('run/adapter')
     """
     settings, watcher = settings or Settings(), watcher or Watcher()
     settings.check()
@@ -390,7 +417,7 @@ def _quantize(model: nn.Module, settings: Settings, tokenizer: Any) -> None:
 
 
 def _sha256(model: nn.Module) -> str:
-    """Of all tensors that the base has, as it is trained on: quantized, in its dtype."""
+    """A digest of all tensors of the base, as it is trained on: quantized, in its dtype."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):

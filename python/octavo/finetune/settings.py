@@ -18,7 +18,7 @@ from ..lora.linear import LoRAConfig
 
 _OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
     "paged_adamw8bit": optim.PagedAdamW8bit,
-    "paged_adamw": optim.PagedAdamW,  # what the paper trained with: fp32 states
+    "paged_adamw": optim.PagedAdamW,  # the paper trained with this one: fp32 states
     "adamw8bit": optim.AdamW8bit,
     "adamw": None,  # torch's
     "paged_lion8bit": optim.PagedLion8bit,
@@ -26,7 +26,7 @@ _OPTIMIZERS: dict[str, type[optim.AdamW8bit] | type[optim.Lion8bit] | None] = {
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What may differ when a run goes on: where states live does not change the bits of a step.
+# These settings may differ when a run goes on: where states live does not change the bits of a step.
 _FREE = ("page_dir", "device_budget", "save_every")
 MAX_STEPS = 10**9
 _COUNTS = ("batch", "accumulate", "context", "eval_windows", "save_every")
@@ -64,6 +64,11 @@ class Settings:
         save_every: steps between two checkpoints.
         seed: of the adapters, the order of windows and dropout.
         device: "cpu", "cuda", "cuda:1", ...; None: cuda where octavo is built for it and there is one.
+
+    Example:
+        >>> from octavo.finetune import Settings
+        >>> Settings(rank=64).method
+        'nf4'
     """
 
     method: str = "nf4"
@@ -201,16 +206,16 @@ class Settings:
         return kind(parameters, lr=self.lr, **options)
 
     def lr_of(self, step: int, total: int) -> float:
-        """Of a step, counted from 0."""
+        """The learning rate of a step, counted from 0."""
         ramp = math.ceil(self.warmup * total)
         return self.lr * min(1.0, (step + 1) / ramp) if ramp else self.lr
 
     def to_dict(self) -> dict[str, Any]:
-        """By name."""
+        """The settings by name."""
         return asdict(self)
 
     def binding(self) -> dict[str, Any]:
-        """Those that must be the same for a run to go on."""
+        """The settings that must be the same for a run to go on."""
         found = {name: value for name, value in asdict(self).items() if name not in _FREE}
         del found["quantization"], found["calibration"]
         if (base := self.base) is None:
@@ -227,5 +232,5 @@ class Settings:
 
 
 def _plain(value: Any) -> Any:
-    """As a JSON file holds it."""
+    """The value as a JSON file holds it."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

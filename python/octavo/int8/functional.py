@@ -107,6 +107,17 @@ def int8_matmul(
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, a negative or NaN threshold, a gradient of a gradient.
         ValueError: weight_scale or outlier_weight requires a gradient: there is none.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight, scale = octavo.quantize_rowwise(torch.eye(3, 4))
+        >>> x = torch.tensor([[1.0, 50.0, 2.0, 0.0]], requires_grad=True)
+        >>> y = octavo.int8_matmul(x, weight, scale, threshold=6.0)
+        >>> y.detach().round(decimals=1)
+        tensor([[ 1., 50.,  2.]])
+        >>> y.sum().backward()
+        >>> x.grad.round(decimals=4)
+        tensor([[1., 1., 1., 0.]])
     """
     x = autocast(x)
     if any(t is not None and t.requires_grad for t in (weight_scale, outlier_weight)) and torch.is_grad_enabled():
@@ -171,6 +182,14 @@ def int8_linear_train(x: Tensor, weight: Tensor, bias: Tensor | None = None, thr
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, a negative or NaN threshold, a gradient of a gradient.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.int8 import int8_linear_train
+        >>> weight = torch.ones(3, 4, requires_grad=True)
+        >>> int8_linear_train(torch.ones(2, 4), weight).sum().backward()
+        >>> weight.grad.shape
+        torch.Size([3, 4])
     """
     x = autocast(x)
     if not needs_grad(x, weight, bias):

@@ -25,7 +25,7 @@ def check_threshold(threshold: float) -> float:
 
 
 def _tensor_errors(state: Mapping[str, Tensor], in_features: int, out_features: int) -> list[str]:
-    """What is wrong with the tensors of an `Int8Linear`, one line each: dtype, shape, scales that are not finite."""
+    """List the errors of the tensors of an `Int8Linear`, one line each: dtype, shape, scales that are not finite."""
     n, k = out_features, in_features
     slots = state["outlier_weight"].shape[0] if "outlier_weight" in state and state["outlier_weight"].dim() else 0
     wanted: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
@@ -102,6 +102,16 @@ class Int8Linear(LowBitLinear):
 
     Raises:
         ValueError: a negative, NaN or infinite threshold.
+
+    Example:
+        >>> import octavo, torch
+        >>> linear = torch.nn.Linear(64, 32)
+        >>> layer = octavo.nn.Int8Linear.from_linear(linear, threshold=6.0)
+        >>> layer
+        Int8Linear(in_features=64, out_features=32, bias=True, threshold=6.0)
+        >>> x = torch.randn(4, 64)
+        >>> bool((layer(x) - linear(x)).norm() < 0.02 * linear(x).norm())
+        True
     """
 
     tensors = ("weight", "weight_scale", "outlier_slot", "outlier_weight")

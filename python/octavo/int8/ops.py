@@ -2,7 +2,7 @@
 
 Everywhere ``value = code * scale`` with ``scale = absmax / 127`` in fp32. Activations are fp32, fp16 or bf16 and are
 read in their own dtype. Any leading dimensions; every GEMM is ``a[m, k] x b[n, k]``. The operators are not
-differentiable; :mod:`octavo.autograd` composes them into functions that are.
+differentiable; :mod:`octavo.int8.functional` composes them into functions that are.
 
 Rows with special values, the same on every backend: a zero row, or one whose absmax is below 2**-120, has codes 0 and
 scale 0. A row with a NaN (or an Inf that is not an outlier) has codes 0 and scale NaN, so that everything computed
@@ -39,6 +39,14 @@ def quantize_rowwise(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]
 
     Raises:
         RuntimeError: wrong dtype, a 0-dimensional x, negative or NaN threshold.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, scale = octavo.ops.quantize_rowwise(torch.tensor([[1.0, -127.0], [2.0, 0.5]]))
+        >>> codes.tolist()
+        [[1, -127], [127, 32]]
+        >>> scale.shape, scale[0].item()
+        (torch.Size([2]), 1.0)
     """
     return torch.ops.octavo.quantize_rowwise(x, threshold)
 
@@ -55,6 +63,11 @@ def dequantize_rowwise(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.
         codes: int8 [..., k].
         scale: fp32 [...].
         dtype: of the result: fp32, fp16 or bf16.
+
+    Example:
+        >>> import octavo, torch
+        >>> octavo.dequantize_rowwise(torch.tensor([[1, -127]], dtype=torch.int8), torch.tensor([0.5]))
+        tensor([[  0.5000, -63.5000]])
     """
     return torch.ops.octavo.dequantize_rowwise(codes, scale, dtype)
 
@@ -69,6 +82,12 @@ def quantize_columnwise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each column to int8 by its own absmax over all rows (and leading dimensions).
 
     Returns codes int8 [..., k] and scale fp32 [k], with ``x ~ codes * scale``. Special values as for rows.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, scale = octavo.ops.quantize_columnwise(torch.tensor([[127.0, 1.0], [-64.0, 0.5]]))
+        >>> codes.tolist(), scale.shape
+        ([[127, 127], [-64, 64]], torch.Size([2]))
     """
     return torch.ops.octavo.quantize_columnwise(x)
 
@@ -83,6 +102,12 @@ def quantize_tensorwise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns codes int8 of x's shape and scale fp32 [] (0-dimensional). Special values as for rows: one NaN or Inf
     makes the whole tensor codes 0 and scale NaN.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, scale = octavo.ops.quantize_tensorwise(torch.tensor([[127.0, 1.0], [-64.0, 3.0]]))
+        >>> codes.tolist(), scale
+        ([[127, 1], [-64, 3]], tensor(1.))
     """
     return torch.ops.octavo.quantize_tensorwise(x)
 
@@ -99,6 +124,13 @@ def quantize_rowwise_columnwise(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     second one.
 
     Returns row codes int8 [..., k], row scale fp32 [...], column codes int8 [..., k], column scale fp32 [k].
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.tensor([[127.0, 1.0], [-64.0, 32.0]])
+        >>> rows, row_scale, columns, column_scale = octavo.ops.quantize_rowwise_columnwise(x)
+        >>> rows.tolist(), columns.tolist()
+        ([[127, 1], [-127, 64]], [[127, 4], [-64, 127]])
     """
     return torch.ops.octavo.quantize_rowwise_columnwise(x)
 
@@ -127,6 +159,12 @@ def find_outlier_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         columns int32 [k], ascending ids followed by -1, and count int32 [1].
+
+    Example:
+        >>> import octavo, torch
+        >>> columns, count = octavo.ops.find_outlier_columns(torch.tensor([[1.0, 8.0, 0.0], [-6.0, 2.0, 1.0]]), 6.0)
+        >>> columns, count
+        (tensor([ 0,  1, -1], dtype=torch.int32), tensor([2], dtype=torch.int32))
     """
     return torch.ops.octavo.find_outlier_columns(x, threshold)
 
@@ -148,6 +186,14 @@ def extract_columns(x: Tensor, columns: Tensor, count: Tensor) -> Tensor:
 
     Returns:
         [..., capacity], x's dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.tensor([[1.0, 8.0, 0.0], [-6.0, 2.0, 1.0]])
+        >>> columns, count = octavo.ops.find_outlier_columns(x, 6.0)
+        >>> octavo.ops.extract_columns(x, columns, count)
+        tensor([[ 1.,  8.,  0.],
+                [-6.,  2.,  0.]])
     """
     return torch.ops.octavo.extract_columns(x, columns, count)
 
@@ -172,6 +218,14 @@ def extract_int8_columns(
 
     Returns:
         [n, capacity].
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, scale = octavo.quantize_rowwise(torch.tensor([[127.0, 1.0, 3.0], [-127.0, 2.0, 4.0]]))
+        >>> ids = torch.tensor([2], dtype=torch.int32)
+        >>> octavo.ops.extract_int8_columns(codes, scale, ids, torch.ones(1, dtype=torch.int32))
+        tensor([[3.],
+                [4.]])
     """
     return torch.ops.octavo.extract_int8_columns(weight, weight_scale, columns, count, dtype)
 
@@ -194,6 +248,13 @@ def int8_mm(a: Tensor, b: Tensor) -> Tensor:
 
     Returns:
         int32 [..., n].
+
+    Example:
+        >>> import octavo, torch
+        >>> a = torch.tensor([[1, 2, 3]], dtype=torch.int8)
+        >>> b = torch.tensor([[1, 1, 1], [0, -1, 100]], dtype=torch.int8)
+        >>> octavo.ops.int8_mm(a, b)
+        tensor([[  6, 298]], dtype=torch.int32)
     """
     return torch.ops.octavo.int8_mm(a, b)
 
@@ -224,6 +285,12 @@ def int8_gemm(
 
     Returns:
         [..., n] in `out_dtype`; no int32 buffer is ever in memory.
+
+    Example:
+        >>> import octavo, torch
+        >>> a, b = torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([[3, 4], [0, 1]], dtype=torch.int8)
+        >>> octavo.ops.int8_gemm(a, b, torch.tensor([0.5]), torch.tensor([1.0, 2.0]), bias=torch.tensor([0.5, 0.0]))
+        tensor([[6., 2.]])
     """
     return torch.ops.octavo.int8_gemm(a, b, a_scale, b_scale, bias, out_dtype)
 
@@ -268,6 +335,13 @@ def int8_linear(
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, negative or NaN threshold, k too large.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight, scale = octavo.quantize_rowwise(torch.eye(3, 4))
+        >>> x = torch.tensor([[1.0, 50.0, 2.0, 0.0]])
+        >>> octavo.ops.int8_linear(x, weight, scale, threshold=6.0).round(decimals=1)
+        tensor([[ 1., 50.,  2.]])
     """
     return torch.ops.octavo.int8_linear(x, weight, weight_scale, bias, threshold, outlier_slot, outlier_weight)
 

@@ -19,8 +19,8 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def quantize_tensorwise_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`octavo.quantize_tensorwise`, and the transpose of its codes: both operands that SwitchBack (arXiv 2304.13013,
-    section 2.2) needs of a weight, from one read of x beside that for its absmax.
+    """`octavo.ops.quantize_tensorwise`, and the transpose of its codes: both operands that SwitchBack needs of a weight
+    (arXiv 2304.13013, section 2.2), from one read of x beside that for its absmax.
 
     Args:
         x: [..., k], fp32, fp16 or bf16.
@@ -31,6 +31,12 @@ def quantize_tensorwise_transpose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         RuntimeError: wrong dtype, a 0-dimensional x.
+
+    Example:
+        >>> import octavo, torch
+        >>> codes, transposed, scale = octavo.ops.quantize_tensorwise_transpose(torch.randn(2, 3))
+        >>> transposed.shape, torch.equal(transposed, codes.T)
+        (torch.Size([3, 2]), True)
     """
     return torch.ops.octavo.quantize_tensorwise_transpose(x)
 
@@ -41,7 +47,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_columnwise_transpose(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`octavo.quantize_columnwise`, transposed: each column of x by its own absmax, as a row of the result.
+    """`octavo.ops.quantize_columnwise`, transposed: each column of x by its own absmax, as a row of the result.
 
     With a seed, codes are rounded at random: ``floor(x * (127 / absmax) + u)``, saturated at +-127, with u uniform in
     [0, 1), a hash of the seed and the element's row and column, the same on every machine. The mean over seeds is
@@ -56,6 +62,15 @@ def quantize_columnwise_transpose(x: Tensor, seed: Tensor | None = None) -> tupl
 
     Raises:
         RuntimeError: wrong dtype, a 0-dimensional x, a seed of another dtype, size or device.
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.randn(4, 3)
+        >>> transposed, scale = octavo.ops.quantize_columnwise_transpose(x)
+        >>> torch.equal(transposed, octavo.ops.quantize_columnwise(x)[0].T)
+        True
+        >>> octavo.ops.quantize_columnwise_transpose(x, seed=torch.tensor([1]))[0].shape
+        torch.Size([3, 4])
     """
     return torch.ops.octavo.quantize_columnwise_transpose(x, seed)
 
@@ -69,7 +84,7 @@ def _(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def quantize_rowwise_columnwise_transpose(
     x: Tensor, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`octavo.quantize_rowwise` and `quantize_columnwise_transpose` together: one read of x gives the row codes and
+    """`octavo.ops.quantize_rowwise` and `quantize_columnwise_transpose` together: one read of x gives the row codes and
     both absmax, a second one the columns' codes.
 
     Args:
@@ -78,6 +93,15 @@ def quantize_rowwise_columnwise_transpose(
 
     Returns:
         row codes int8 [..., k], row scale fp32 [...], transposed int8 [k, rows], column scale fp32 [k].
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.randn(4, 3)
+        >>> codes, row_scale, transposed, column_scale = octavo.ops.quantize_rowwise_columnwise_transpose(x)
+        >>> codes.shape, transposed.shape
+        (torch.Size([4, 3]), torch.Size([3, 4]))
+        >>> torch.equal(codes, octavo.quantize_rowwise(x)[0])
+        True
     """
     return torch.ops.octavo.quantize_rowwise_columnwise_transpose(x, seed)
 

@@ -150,6 +150,12 @@ def import_legacy_layer(layer: Mapping[str, Any], bits: int = 3, scale_bits: int
     Raises:
         ValueError: something is missing, has another dtype or shape, or values that cannot be; groups other than 16, 32
             or 64 columns, bits that octavo does not have.
+
+    Example:
+        >>> from octavo.integrations.spqr import import_legacy_layer
+        >>> import_legacy_layer({})
+        Traceback (most recent call last):
+        ValueError: quant_weights must be int8 [out_features, in_features], got a NoneType
     """
     codes = layer.get("quant_weights")
     if not isinstance(codes, Tensor) or codes.dtype is not torch.int8 or codes.dim() != 2:
@@ -255,6 +261,12 @@ def import_compressed_layer(
         ValueError: something is missing, has another dtype or shape, does not fit together, two copies of the second
             order differ, outliers outside of the weight, two at one place, or NaN: files that were converted by the
             authors' program have lost the values of outliers in columns from 32768 on.
+
+    Example:
+        >>> from octavo.integrations.spqr import import_compressed_layer
+        >>> import_compressed_layer({})
+        Traceback (most recent call last):
+        ValueError: dense_weights must be int64 with one dimension, got a NoneType
     """
     for name, dtype in (("dense_weights", torch.int64), ("row_offsets", torch.int32)):
         if not isinstance(t := tensors.get(name), Tensor) or t.dtype is not dtype or t.dim() != 1:

@@ -29,13 +29,20 @@ from ..nf4.linear import NF4Linear
 def to_bitsandbytes_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of an `Int8Linear` or `NF4Linear`, or of a model that holds some, with the keys of bitsandbytes.
 
-    Of `NF4Linear` ("nf4" and "fp4") it is what bitsandbytes writes for the same weight, to the byte, and in its order.
-    Of `Int8Linear` ``SCB = weight_scale * 127``; kept outlier columns have no counterpart there and are left out (their
-    int8 weights are in `weight`), and so is the threshold, which bitsandbytes takes from its configuration. Everything
-    else is as in ``module.state_dict()``. Tensors are shared with the module, not copied.
+    For `NF4Linear` ("nf4" and "fp4") it is what bitsandbytes writes for the same weight, to the byte, and in its order.
+    For `Int8Linear` ``SCB = weight_scale * 127``; kept outlier columns have no counterpart there and are left out
+    (their int8 weights are in `weight`), and so is the threshold, which bitsandbytes takes from its configuration.
+    Everything else is as in ``module.state_dict()``. Tensors are shared with the module, not copied.
 
     Raises:
         ValueError: there is no such layer in it, or one of a type that bitsandbytes has not ("nf2", "nf3", "nf8").
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.integrations import bitsandbytes
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
+        >>> sorted(bitsandbytes.to_bitsandbytes_state(model))
+        ['0.bias', '0.weight', '0.weight.absmax', '0.weight.quant_map', '0.weight.quant_state.bitsandbytes__nf4']
     """
     children = module.named_modules(remove_duplicate=False)  # a shared layer is in the state under each of its names
     layers = {f"{name}." if name else "": m for name, m in children if isinstance(m, (Int8Linear, NF4Linear))}
@@ -69,7 +76,16 @@ def _layer_state(layer: Int8Linear | NF4Linear, name: str) -> dict[str, Tensor]:
 
 
 class Checkpoint(NamedTuple):
-    """Tensors by the names of octavo; of the layers in 4 bits, what bitsandbytes says of them; those in int8."""
+    """Tensors by the names of octavo; of the layers in 4 bits, what bitsandbytes says of them; those in int8.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.integrations import bitsandbytes
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
+        >>> checkpoint = bitsandbytes.convert(bitsandbytes.to_bitsandbytes_state(model))
+        >>> list(checkpoint.headers), checkpoint.int8
+        (['0'], [])
+    """
 
     tensors: dict[str, Tensor]
     headers: dict[str, Header]
@@ -99,6 +115,15 @@ def load_bitsandbytes(
         FileNotFoundError: a file is missing.
         ValueError: a file or a quantization state that is damaged, a block size, type or layout that octavo does not
             know, tensors that do not fit together or the model.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.integrations import bitsandbytes
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
+        >>> state = bitsandbytes.to_bitsandbytes_state(model)
+        >>> again = bitsandbytes.load_bitsandbytes(state, torch.nn.Sequential(torch.nn.Linear(64, 64)))
+        >>> torch.equal(again[0].weight, model[0].weight)
+        True
     """
     if dtype is not None and model is not None:
         raise ValueError(f"load_bitsandbytes: dtype={dtype} is for a model that is built here, and model= is given")
@@ -120,7 +145,17 @@ def load_bitsandbytes(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of the files in a directory: mapped, not read."""
+    """All tensors of a safetensors file, or of the files in a directory: mapped, not read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from octavo.integrations import bitsandbytes
+        >>> from safetensors.torch import save_file
+        >>> save_file({"weight": torch.ones(2, 3)}, "model.safetensors")
+        >>> bitsandbytes.read_tensors(Path("model.safetensors"))["weight"].shape
+        torch.Size([2, 3])
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -150,6 +185,13 @@ def convert(state: Mapping[str, Tensor]) -> Checkpoint:
 
     Raises:
         ValueError: no quantized layer, or one that cannot be read; it is named.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.integrations import bitsandbytes
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
+        >>> bitsandbytes.convert(bitsandbytes.to_bitsandbytes_state(model)).headers["0"].quant_type
+        'nf4'
     """
     four_bit = {name.partition(MARK)[0] for name in state if MARK in name}
     int8 = {name.removesuffix("SCB") for name in state if name == "SCB" or name.endswith(".SCB")}

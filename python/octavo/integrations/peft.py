@@ -47,6 +47,14 @@ def register(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
     Returns:
         The configuration.
+
+    Example:
+        >>> import peft, torch, octavo
+        >>> from octavo.integrations.peft import register
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
+        >>> model = peft.get_peft_model(model, register(peft.LoraConfig(r=2, target_modules=["0"]), model))
+        >>> type(model.base_model.model[0]).__name__
+        'OctavoLoraLinear'
     """
     if config.target_modules == "all-linear":
         config.target_modules = _all_linear(model)
@@ -78,6 +86,15 @@ class OctavoLoraLinear(Linear):  # type: ignore[misc]
 
     ``merge`` puts a `torch.nn.Linear` in the base's place, its weight the sum of the dequantized one and the adapters
     in fp32, rounded once; ``unmerge`` brings the base back to the bit.
+
+    Example:
+        >>> import peft, torch, octavo
+        >>> from octavo.integrations.peft import register
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
+        >>> model = peft.get_peft_model(model, register(peft.LoraConfig(r=2, target_modules=["0"]), model))
+        >>> layer = model.base_model.model[0]
+        >>> layer(torch.randn(2, 64)).shape, layer.active_adapters
+        (torch.Size([2, 64]), ['default'])
     """
 
     base_layer: Any

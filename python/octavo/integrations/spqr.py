@@ -42,12 +42,17 @@ _PARTS = ("dense_weights", "row_offsets", "col_vals", "in_perm")
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """What `read_official` found.
+    """The layers and tensors that `read_official` found.
 
     Attributes:
         layers: the quantized weights by name: the layer's full name in a checkpoint of transformers, and for
             directories with a file for each layer "<index>.<name within the block>".
         tensors: everything else, by its full name in the model.
+
+    Example:
+        >>> from octavo.integrations import spqr
+        >>> spqr.OfficialCheckpoint().layers
+        {}
     """
 
     layers: dict[str, SpQRWeight] = field(default_factory=dict)
@@ -71,6 +76,10 @@ def load_official(path: str | os.PathLike[str], model: nn.Module, strict: bool =
     Raises:
         ValueError: as for `read_official`; layers or tensors that the model does not have or that have another shape,
             parameters that the checkpoint does not have.
+
+    Example:
+        >>> from octavo.integrations import spqr
+        >>> spqr.load_official("Llama-2-7b-SPQR-3Bit-16x16", model)  # doctest: +SKIP
     """
     found = read_official(path, model)
     names = {layer: _name_in(model, layer) for layer in found.layers}
@@ -140,6 +149,10 @@ def read_official(path: str | os.PathLike[str], model: nn.Module | None = None) 
         FileNotFoundError: nothing is there.
         ValueError: the file or layer is named: damaged files, pickles of more than tensors, bits and groups that octavo
             or the format does not have, and as for `import_legacy_layer` and `import_compressed_layer`.
+
+    Example:
+        >>> from octavo.integrations import spqr
+        >>> spqr.read_official("Llama-2-7b-SPQR-3Bit-16x16", model).layers  # doctest: +SKIP
     """
     where = Path(path)
     if not where.exists():
@@ -152,7 +165,7 @@ def read_official(path: str | os.PathLike[str], model: nn.Module | None = None) 
     for file in files:
         for name, tensor in _tensors(file):
             layer, _, leaf = name.rpartition(".")
-            if leaf in _PARTS:  # those of a layer may be in several files
+            if leaf in _PARTS:  # the tensors of a layer may be in several files
                 parts.setdefault(layer, {})[leaf] = tensor
             else:
                 out.tensors[name] = tensor
@@ -248,7 +261,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 class _PickledLayer:
-    """What a pickled layer of theirs becomes: its attributes, without the class and its code."""
+    """Stands for a pickled layer of the authors' class: it has the attributes, without the class and its code."""
 
     def tensors(self) -> dict[str, Tensor]:
         held = {**(vars(self).get("_parameters") or {}), **(vars(self).get("_buffers") or {})}

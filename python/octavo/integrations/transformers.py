@@ -88,7 +88,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             self.__dict__.update(methods()[name].check_layout(layout))
 
     def layout(self, stored: str | None = None) -> dict[str, Any]:
-        """What the configuration says of all layers of a method; None for its own."""
+        """The settings that the configuration records for all layers of a method; None means its own method."""
         names = methods()[stored or self.method].layout_defaults()
         return {name: getattr(self, name) for name in names}
 
@@ -110,7 +110,14 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 
 @register_quantizer("octavo")
 class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the Linear layers of a model under construction by quantized ones, and fills them."""
+    """Replaces the Linear layers of a model under construction by quantized ones, and fills them.
+
+    Example:
+        >>> import octavo
+        >>> from octavo.integrations.transformers import OctavoQuantizer
+        >>> OctavoQuantizer(octavo.OctavoConfig("nf4"), pre_quantized=False).requires_calibration
+        False
+    """
 
     quantization_config: OctavoConfig
     requires_calibration = False  # true of some methods: see below, where more can be said
@@ -160,7 +167,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # what a configuration that was saved once holds
+        if isinstance(dtype, str):  # a configuration that was saved once holds these
             dtype = getattr(torch, dtype.removeprefix("torch."))
         for name, layer in _quantized_layers(model):
             model.set_submodule(name, layer.dequantize(dtype))
@@ -193,11 +200,16 @@ def mark_quantized(model: Any, config: OctavoConfig) -> None:
         ValueError: a layer whose options are not those of the configuration.
 
     Example:
-        >>> import octavo
+        >>> import octavo, transformers
         >>> from octavo.integrations.transformers import mark_quantized
-        >>> octavo.quantize_model(model, "nf4")  # doctest: +SKIP
-        >>> mark_quantized(model, octavo.OctavoConfig("nf4"))  # doctest: +SKIP
-        >>> model.save_pretrained("model-nf4")  # doctest: +SKIP
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+        >>> report = octavo.quantize_model(model, "nf4", progress=False)
+        >>> mark_quantized(model, octavo.OctavoConfig("nf4"))
+        >>> model.save_pretrained("model-nf4")
+        >>> again = transformers.AutoModelForCausalLM.from_pretrained("model-nf4")
+        >>> type(again.model.layers[0].mlp.up_proj).__name__
+        'NF4Linear'
     """
     own = methods()[config.method]
     for name, layer in _quantized_layers(model):
@@ -253,7 +265,8 @@ def _layers_to_quantize(model: Any, skip: Iterable[str], widest: int | None) -> 
 
 
 def _headers_of(config: OctavoConfig, files: Sequence[str]) -> _Headers:
-    headers: _Headers | None = getattr(config, "headers", None)  # of tensors in memory: see _bitsandbytes_models
+    # A configuration has headers where the tensors are in memory: see _bitsandbytes_models.
+    headers: _Headers | None = getattr(config, "headers", None)
     return _read_headers(files) if headers is None else headers
 
 
@@ -279,7 +292,8 @@ def _stored_name(name: str, prefix: str, leaves: Sequence[str], headers: _Header
 
 
 def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> nn.Module | None:
-    """What takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it stays."""
+    """The module that takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it
+    stays."""
     method = methods()[config.method]
     if stored is None and not method.in_stream:
         raise ValueError(f"a checkpoint of {method.name} is loaded from safetensors files; there are none")

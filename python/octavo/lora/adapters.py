@@ -133,6 +133,14 @@ def add_lora(
         ValueError: numbers or a name that cannot be, an adapter of that name, names of layers that are not there, no
             layers, a model that is sharded. Nothing is changed then.
         RuntimeError: an adapter is merged.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> octavo.add_lora(model, rank=2)
+        ['0', '2']
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        52
     """
     model = unwrapped(model)
     _check_model(model)
@@ -174,6 +182,15 @@ def remove_lora(model: nn.Module) -> list[str]:
     Raises:
         ValueError: the model has no adapters.
         RuntimeError: an adapter is merged.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> octavo.remove_lora(model)
+        ['0']
+        >>> type(model[0]).__name__
+        'Linear'
     """
     model = unwrapped(model)
     layers = adapted_layers(model)
@@ -190,6 +207,15 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: no layer has an adapter of this name.
         RuntimeError: an adapter is merged.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> names = octavo.add_lora(model, rank=2, name="second")
+        >>> octavo.lora.delete_adapter(model, "second")
+        >>> list(octavo.lora.list_adapters(model))
+        ['default']
     """
     model = unwrapped(model)
     layers = _having(model, name)
@@ -213,6 +239,14 @@ class Adapter:
         ranks: the different ranks of its layers, in ascending order.
         parameters: elements of its A and B, over all layers.
         active: whether it is in use.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> adapter = octavo.lora.list_adapters(model)["default"]
+        >>> adapter.layers, adapter.ranks, adapter.parameters, adapter.active
+        (['0'], [2], 32, True)
     """
 
     layers: list[str]
@@ -222,7 +256,15 @@ class Adapter:
 
 
 def list_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters of a model by name; empty if there are none."""
+    """The adapters of a model by name; empty if there are none.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> octavo.lora.list_adapters(model)
+        {'default': Adapter(layers=['0'], ranks=[2], parameters=32, active=True)}
+    """
     model = unwrapped(model)
     having: dict[str, list[tuple[str, LoRALinear]]] = {}
     for layer, names in linear_layers(model).items():
@@ -248,6 +290,15 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Raises:
         ValueError: no layer has an adapter of this name.
         RuntimeError: an adapter is merged.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> names = octavo.add_lora(model, rank=4, name="second")
+        >>> octavo.set_adapter(model, "default")
+        >>> model[0].active_adapter
+        'default'
     """
     model = unwrapped(model)
     if name is None:
@@ -298,6 +349,15 @@ def load_adapter(
             or of another base: layers or shapes that the model does not have; an adapter of this name is there already,
             a model that is sharded.
         RuntimeError: an adapter is merged.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> octavo.save_adapter(model, "adapter")
+        >>> other = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> octavo.load_adapter(other, "adapter", name="poems")
+        'poems'
     """
     model = unwrapped(model)
     _check_model(model)
@@ -316,7 +376,7 @@ def load_adapter(
     if dtype is not None:
         check_dtype(dtype)
     made = {}
-    for layer, stored in chosen.items():  # what needs memory, before anything is changed
+    for layer, stored in chosen.items():  # the new tensors take memory, so they are made before anything is changed
         device = device_of(layer.base_layer if isinstance(layer, LoRALinear) else layer)
         if device.type == "meta":
             raise ValueError(f"{stored} is on the meta device: load the model before its adapters")
@@ -375,7 +435,7 @@ def _and_more(entries: Sequence[str]) -> str:
 
 
 def _class_name(model: nn.Module) -> str:
-    """Of the model's class; fully_shard makes one of its own of it."""
+    """The name of the model's class, without the class that fully_shard derives from it."""
     kind = type(model)
     return kind.__bases__[1].__name__ if kind.__bases__[0].__name__ == "FSDPModule" else kind.__name__
 
@@ -397,6 +457,15 @@ def save_adapter(
     Raises:
         ValueError: no layer has an adapter of this name; values that are NaN or Inf; use_rslora of some layers only.
         FileExistsError, FileNotFoundError: see `directory`.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> octavo.save_adapter(model, "saved-adapter")
+        >>> from pathlib import Path
+        >>> sorted(path.name for path in Path("saved-adapter").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = unwrapped(model)
     layers = _having(model, name)

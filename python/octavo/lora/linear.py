@@ -19,7 +19,7 @@ from ..core.method import method_of
 
 
 class LoRAConfig(NamedTuple):
-    """What one adapter of a layer is, beside its tensors."""
+    """The settings of one adapter of a layer; its tensors are not among them."""
 
     rank: int
     alpha: float
@@ -45,7 +45,8 @@ class LoRAConfig(NamedTuple):
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What merging one layer cost. Norms are Frobenius norms; W + D is the merged matrix in fp32, D = s * B @ A.
+    """The errors that merging one layer caused. Norms are Frobenius norms; W + D is the merged matrix in fp32, D = s *
+    B @ A.
 
     Attributes:
         name: of the layer in its model; "" from `LoRALinear.merge`.
@@ -121,6 +122,16 @@ class LoRALinear(nn.Module):
     Raises:
         ValueError: a rank, alpha, dropout or name that cannot be.
         TypeError: a base that is no linear layer, or has adapters already.
+
+    Example:
+        >>> import octavo, torch
+        >>> base = octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> layer = octavo.nn.LoRALinear(base, rank=4, alpha=8)
+        >>> x = torch.randn(2, 64)
+        >>> torch.equal(layer(x), base(x))  # before training B is 0
+        True
+        >>> layer.lora_A["default"].shape, layer.lora_B["default"].shape
+        (torch.Size([4, 64]), torch.Size([32, 4]))
     """
 
     base_layer: Any

@@ -13,7 +13,16 @@ from .linear import LoRALinear, MergedLayer
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_adapter` did, layer by layer; see `octavo.lora.linear.MergedLayer`."""
+    """The errors that `merge_adapter` caused, layer by layer; see `octavo.lora.linear.MergedLayer`.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> report = octavo.merge_adapter(model)
+        >>> report.adapter, [layer.name for layer in report.layers]
+        ('default', ['0'])
+    """
 
     adapter: str
     layers: list[MergedLayer]
@@ -57,6 +66,14 @@ def merge_adapter(
 
     Raises:
         ValueError, RuntimeError: as of `octavo.nn.LoRALinear.merge`; the layer is named. Nothing is changed then.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> report = octavo.merge_adapter(model)
+        >>> model[0].is_merged, report.adapter, len(report.layers)
+        (True, 'default', 1)
     """
     model = unwrapped(model)
     layers = {layer: names for layer, names in adapted_layers(model).items() if layer.active_adapter is not None}
@@ -85,7 +102,17 @@ def merge_adapter(
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo `merge_adapter`: bases and adapters are what they were, to the bit. RuntimeError if nothing is merged."""
+    """Undo `merge_adapter`: bases and adapters are what they were, to the bit. RuntimeError if nothing is merged.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> names = octavo.add_lora(model, rank=2)
+        >>> report = octavo.merge_adapter(model)
+        >>> octavo.unmerge_adapter(model)
+        >>> model[0].is_merged
+        False
+    """
     merged = [layer for layer in adapted_layers(unwrapped(model)) if layer.is_merged]
     if not merged:
         raise RuntimeError("no adapter is merged")
@@ -94,6 +121,6 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def float_dtype(model: nn.Module) -> torch.dtype | None:
-    """Of the first float parameter that is of no linear layer: what the model computes in."""
+    """The dtype that the model computes in: that of its first float parameter outside the linear layers."""
     linear = {id(p) for layer in linear_layers(model) for p in layer.parameters()}
     return next((p.dtype for p in model.parameters() if id(p) not in linear and p.dtype.is_floating_point), None)

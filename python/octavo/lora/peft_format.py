@@ -2,7 +2,7 @@
 
 Tensors are ``base_model.model.<module>.lora_A.weight`` [rank, in] and ``lora_B.weight`` [out, rank]. The metadata of
 files that octavo writes names the class of the model, ``octavo_base_class``, and how the layers under the adapter were
-quantized, ``octavo_base_quantization`` (`octavo.adapters.base_quantization`), which PEFT does not look at.
+quantized, ``octavo_base_quantization`` (`octavo.lora.adapters.base_quantization`), which PEFT does not look at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 BASE_CLASS, QUANTIZATION = "octavo_base_class", "octavo_base_quantization"  # in the metadata of tensors
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
-# What says nothing about the product that is computed, and what is read below. All else must be absent or off.
+# These entries do not change the product that is computed, or are read below. All others must be absent or off.
 _INERT = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
     "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
@@ -38,7 +38,8 @@ BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")  # initializati
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a directory holds: configuration and tensors, checked against each other and not yet against a model."""
+    """The contents of a directory: configuration and tensors, checked against each other and not yet against a
+    model."""
 
     path: Path
     config: dict[str, Any]

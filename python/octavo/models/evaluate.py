@@ -23,7 +23,7 @@ class Score:
     """Sums over tokens, so that windows can be added one by one."""
 
     tokens: int = 0  # with a next token to predict
-    nats: float = 0.0  # of surprise at them
+    nats: float = 0.0  # the total surprise at them
     positions: int = 0  # compared with the reference
     divergence: float = 0.0  # sum over them of KL(reference || model), in nats
 
@@ -158,13 +158,13 @@ def _now(device: torch.device) -> float:
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Of all parameters and buffers, tied ones once."""
+    """The bytes of all parameters and buffers; tied ones count once."""
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def peak_memory() -> int | None:
-    """The most memory that this process ever had resident, in bytes; None where the system does not say."""
+    """The peak of this process's resident memory, in bytes; None where the system does not say."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

@@ -58,6 +58,15 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
         ValueError: no quantized module in the model, LoRA adapters, a tensor on the meta device, quantized state that
             is not sound (NaN or Inf, or what `octavo.spqr.SpQRWeight.validate` finds).
         FileExistsError, FileNotFoundError: see `directory`.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> report = octavo.quantize_model(model, progress=False)
+        >>> octavo.save_quantized(model, "saved")
+        >>> from pathlib import Path
+        >>> sorted(path.name for path in Path("saved").iterdir())
+        ['octavo.json', 'octavo.safetensors']
     """
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowBitLinear)}
     if not layers:
@@ -209,6 +218,15 @@ def load_quantized(
         FileNotFoundError: the directory or a file in it is missing.
         ValueError: an unknown format version or method, a manifest or tensor file that is damaged or truncated or do
             not fit together or the model, scales that are NaN or Inf, SpQR tensors that kernels cannot trust.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> report = octavo.quantize_model(model, progress=False)
+        >>> octavo.save_quantized(model, "quantized")
+        >>> again = octavo.load_quantized("quantized", torch.nn.Sequential(torch.nn.Linear(8, 8)))
+        >>> type(again[0]).__name__, torch.equal(again[0].weight, model[0].weight)
+        ('Int8Linear', True)
     """
     path = Path(directory)
     manifest = _read_manifest(path)

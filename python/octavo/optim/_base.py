@@ -47,7 +47,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         differentiable: only False.
         paged, page_dir, device_budget: of the optimizer, not of groups; see below.
 
-    Of a second moment the root is kept in 8 bit, with dither: each step its code is the one below or above, the nearer
+    A second moment is kept as its root in 8 bit, with dither: each step its code is the one below or above, the nearer
     the likelier, by numbers that depend on the step, the parameter's position and the element only. (A step changes it
     by less than the distance of codes; the nearest code would hardly ever change.) What is above 0 stays above 0, and 0
     stays 0. Other moments, but the slow one of AdEMAMix, get the nearest code.
@@ -67,13 +67,22 @@ class Optimizer8bit(torch.optim.Optimizer):
     the same bits as without, but cannot be captured in CUDA graphs where states are paged, and sharded parameters may
     be paged on the CPU only, and not by LAMB, LARS and StableAdamW. After a step on a GPU, `state` holds its results
     once the device is done (`torch.cuda.synchronize`); `state_dict` waits for that.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.Adam8bit([weight], max_grad_norm=1.0)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.grad_norm.item(), isinstance(optimizer, octavo.optim.Optimizer8bit)
+        (128.0, True)
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler leaves grad_scale and found_inf with the optimizer
     grad_norm: Tensor | None = None
     _betas = 2  # how many, where the rule has any
-    _keeps_sums = False  # those of the last step over whole parameters, for the user
-    _preset: ClassVar[Options] = {}  # what a class's options are unless they are given
+    _keeps_sums = False  # whether the last step's sums over whole parameters are kept for the user
+    _preset: ClassVar[Options] = {}  # the options of the class where they are not given
     _paging: Paging | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any], options: Options) -> None:
@@ -94,11 +103,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        """What the rule reads beside lr, weight_decay and eps."""
+        """The hyperparameters that the rule reads beside lr, weight_decay and eps."""
         raise NotImplementedError
 
     def _initial(self, group: dict[str, Any]) -> float:
-        """What a second moment starts with."""
+        """The value that a second moment starts with."""
         return 0.0
 
     def _check_rule(self, group: dict[str, Any]) -> None:
@@ -140,7 +149,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             raise
 
     def _check_entry(self, rule: str, param: Tensor, grad: Tensor, state: State, page: Page | None, where: str) -> None:
-        """What may have changed since the last step; the lengths of lists of blocks are the operator's to check."""
+        """Check what may have changed since the last step; the lengths of lists of blocks are the operator's to
+        check."""
         if grad.dtype not in FLOATS:
             raise ValueError(f"{where}: its gradient must be float32, float16 or bfloat16, got {_dtype(grad)}")
         names = RULES[rule]
@@ -165,7 +175,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._tables: dict[tuple[object, ...], OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]]] = {}
         self._captured: list[tuple[Tensor, Tensor]] = getattr(self, "_captured", [])  # CUDA graphs read these tables
         self._nonfinite: dict[torch.device, Tensor] = getattr(self, "_nonfinite", {})
-        self._sums: list[tuple[list[int], Tensor]] = []  # of the last step: numbers of parameters, `ops.optim_sums`
+        # The last step's numbers of parameters, and `ops.optim_sums` of them.
+        self._sums: list[tuple[list[int], Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         if self._paging is None:
@@ -215,12 +226,12 @@ class Optimizer8bit(torch.optim.Optimizer):
                 if size := _state.bytes_of(param, names, quantized, compensated, aligned):
                     new.append((group, param, where, size))
         sizes = [(param, size) for _, param, _, size in new]
-        if any(param in paging.places for param, _ in sizes):  # what was there is gone: its owner has cleared it
+        if any(param in paging.places for param, _ in sizes):  # the owner has cleared the old states
             paging = self._place_again(paging, sizes)
         else:
             try:
                 paging.reserve(sizes)
-            except ValueError:  # what stays so far may leave too little of the budget
+            except ValueError:  # the states that stay so far may leave too little of the budget
                 paging = self._place_again(paging, sizes)
         for group, param, where, _ in new:
             self._complete_state(group, self._rule(group), param, where, paging.maker(param))

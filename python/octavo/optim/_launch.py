@@ -1,4 +1,4 @@
-"""What one call of `octavo.ops.optim_step`, or of `optim_sums`, is given."""
+"""The arguments of one call of `octavo.ops.optim_step` or of `optim_sums`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._paging import Page
 
-# Of parameters that are DTensors: their mesh and placements.
+# The mesh and placements of parameters that are DTensors.
 Shards: TypeAlias = tuple[Any, tuple[Any, ...]] | None
 
 

@@ -76,12 +76,12 @@ def convert(
 
 
 def _bytes_of(entry: State, param: Tensor, group: dict[str, Any], rule: str) -> int:
-    """What a converted entry takes at most."""
+    """The most bytes that a converted entry takes."""
     names = RULES[rule]
     size = _state.bytes_of(param, names, _state.wants_8bit(group, param), "compensation" in entry, aligned)
     found = [entry[key] for key in names.absmax if isinstance(entry.get(key), Tensor)]
     if size and any(absmax.dim() == 2 for absmax in found) and len(_state.absmax_shape(param)) == 1:
-        # Of a sharded state: it stays in rows, which have more blocks.
+        # A sharded state stays in rows, which have more blocks.
         size += sum(aligned(absmax.nbytes) for absmax in found)
     return size
 
@@ -107,7 +107,7 @@ def _convert_entry(entry: State, param: Tensor, group: dict[str, Any], names: Na
         if tuple(kept.shape) != tuple(param.shape) or kept.dtype is not param.dtype:
             _refuse("compensation", kept, f"{_name(param.dtype)} {list(param.shape)}", where)
         _put(new, "compensation", kept, param, make)
-    # Of torch's SGD: a buffer is there from its first step on.
+    # torch's SGD has a buffer from its first step on.
     step = entry.get("step", 1.0 if present else 0.0)
     number = float(step) if not isinstance(step, Tensor) or step.numel() == 1 else math.nan
     if not 0 <= number < math.inf:

@@ -38,7 +38,7 @@ DEFAULTS = Options(
     max_grad_norm=None,
 )
 OF_PAGING = tuple(PagingOptions.__annotations__)
-# What has to be 0 or positive, where a group has it.
+# These options have to be 0 or positive where a group has them.
 NOT_NEGATIVE = (
     *("weight_decay", "eps", "momentum", "alpha", "lr_decay", "initial_accumulator_value", "trust_coefficient"),
     *("t_alpha", "t_beta3", "max_grad_norm"),

@@ -1,10 +1,10 @@
-"""Where the states of a paged optimizer live: beside their parameters, or in pages (`_schedule`) on the host.
+"""The states of a paged optimizer live beside their parameters, or in pages (`_schedule`) on the host.
 
-Of parameters on a GPU, pages are pinned host memory, copied to the device for their part of the step. Of parameters on
-the CPU they are a memory-mapped file: kernels work on the mapping, the kernel of the operating system reads and writes,
-and is told what comes next. Files are unlinked as soon as they are open, so that nothing is left in the folder whatever
-ends the process, and their space is free again when the last tensor over them is: a state that was taken out of an
-optimizer lives as long as any other tensor.
+For parameters on a GPU, pages are pinned host memory, copied to the device for their part of the step. For parameters
+on the CPU they are a memory-mapped file: kernels work on the mapping, the kernel of the operating system reads and
+writes, and is told what comes next. Files are unlinked as soon as they are open, so that nothing is left in the folder
+whatever ends the process, and their space is free again when the last tensor over them is: a state that was taken out
+of an optimizer lives as long as any other tensor.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ class Pager:
         """Before states are staged."""
 
     def stage(self, page: Page, t: Tensor) -> Tensor:
-        """What the kernels get for a tensor of the page; others as they are."""
+        """Return the tensor that kernels get for a tensor of the page; any other tensor is returned as it is."""
         return t
 
     def synchronize(self) -> None:
         """Wait until the host's memory holds what the last step left."""
 
-    # of _schedule.Device
+    # methods of _schedule.Device
 
     def buffer_of(self, page: Page) -> int:
         return page.buffer
@@ -104,8 +104,8 @@ class Pager:
 
 
 class Files(Pager):
-    """On the CPU: one file for all pages that are made at once, so that few are open however many parameters there
-    are."""
+    """Pages of parameters on the CPU lie in one file for all pages that are made at once, so that few are open however
+    many parameters there are."""
 
     def make_pages(self, sizes: Sequence[int]) -> list[Page]:
         assert self.page_dir is not None
@@ -129,7 +129,7 @@ class Files(Pager):
 
 
 class Cuda:
-    """What `Pinned` asks of a GPU. Streams are "in", "out" and "compute", the current one."""
+    """The operations that `Pinned` needs of a GPU. Streams are "in", "out" and "compute", the current one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -161,7 +161,7 @@ class Cuda:
             target.copy_(source, non_blocking=True)  # torch keeps pinned memory that is freed until this is done
 
     def run(self, work: Callable[[], None]) -> None:
-        """On "compute"."""
+        """Do the work on the stream "compute"."""
         work()
 
     def record(self, stream: str) -> Any:
@@ -172,7 +172,7 @@ class Cuda:
 
 
 class Pinned(Pager):
-    """On a GPU: pages in pinned memory, two buffers on the device, a stream for copies in each direction."""
+    """Pages of parameters on a GPU: pinned memory, two buffers on the device, a stream for copies in each direction."""
 
     staged = True
 
@@ -305,7 +305,7 @@ class Paging:
 
     @staticmethod
     def of(owner: str, options: Options) -> Paging | None:
-        """By options that are checked here; None: not paged."""
+        """Make the pager that the options ask for, after checking them; None if the optimizer is not paged."""
         paged, folder, budget = options.get("paged", False), options.get("page_dir"), options.get("device_budget")
         if not isinstance(paged, bool):
             raise ValueError(f"{owner}: paged must be True or False, got {paged!r}")

@@ -1,5 +1,5 @@
 """The optimizers: arguments, and what their kernels' rule is set to. Arithmetic: csrc/optim8/rules.h, in plain torch
-`octavo.reference_optim`."""
+`octavo.optim.reference`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ class Adam8bit(Optimizer8bit):
             unless it is decoupled, as in `AdamW8bit`.
         amsgrad: only False.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.Adam8bit([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(
@@ -56,7 +65,17 @@ class Adam8bit(Optimizer8bit):
 
 
 class AdamW8bit(Adam8bit):
-    """`torch.optim.AdamW` (arXiv 1711.05101) with 8-bit states: `Adam8bit` with decoupled weight decay."""
+    """`torch.optim.AdamW` (arXiv 1711.05101) with 8-bit states: `Adam8bit` with decoupled weight decay.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.AdamW8bit([weight], lr=0.01, weight_decay=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
+    """
 
     def __init__(
         self,
@@ -96,6 +115,15 @@ class StableAdamW(Optimizer8bit):
         params, lr, betas, eps, weight_decay: of the formula. A beta2 of 0.99, below AdamW's 0.999, and this eps are
             those of the paper's code and of pytorch_optimizer; optimi has eps=1e-6.
         options: those of every optimizer, bits=32 being the default: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.StableAdamW([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     _preset = Options(bits=32)
@@ -120,7 +148,7 @@ class StableAdamW(Optimizer8bit):
 
     def rms(self) -> list[Tensor | None]:
         """The last step's rms of each parameter, in the order of the groups: fp32 numbers on the parameters' devices,
-        made without waiting for them; None where there was no gradient. Of a step that a GradScaler skipped: 0.
+        made without waiting for them; None where there was no gradient. It is 0 after a step that a GradScaler skipped.
 
         A parameter's rms rises above 1 some steps before the loss does: in the paper that of the patch embedding, 1 to
         8 steps. To log the largest: ``float(torch.stack([r for r in optimizer.rms() if r is not None]).max())``, now
@@ -145,7 +173,17 @@ class StableAdamW(Optimizer8bit):
 
 
 class StableAdamW8bit(StableAdamW):
-    """`StableAdamW` with 8-bit states: 2.03 bytes per element instead of 8."""
+    """`StableAdamW` with 8-bit states: 2.03 bytes per element instead of 8.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.StableAdamW8bit([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
+    """
 
     _preset = Options(bits=8)
 
@@ -156,6 +194,15 @@ class SGD8bit(Optimizer8bit):
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov: as in torch.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.SGD8bit([weight], lr=0.1, momentum=0.9)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(
@@ -198,6 +245,15 @@ class RMSprop8bit(Optimizer8bit):
         params, lr, alpha, eps, weight_decay, momentum: as in torch.
         centered: only False.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.RMSprop8bit([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(
@@ -240,6 +296,15 @@ class Adagrad8bit(Optimizer8bit):
     Args:
         params, lr, lr_decay, weight_decay, initial_accumulator_value, eps: as in torch.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.Adagrad8bit([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(
@@ -280,6 +345,15 @@ class Lion8bit(Optimizer8bit):
     Args:
         params, lr, betas, weight_decay: of the formula; lr is best three to ten times smaller than for AdamW.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.Lion8bit([weight], lr=0.001)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(
@@ -310,6 +384,15 @@ class AdEMAMix8bit(Optimizer8bit):
         t_alpha: steps over which alpha rises from 0; None: at once.
         t_beta3: steps over which beta3 rises from beta1 as in section 3.1 of the paper; None: at once.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.AdEMAMix8bit([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     _betas = 3
@@ -369,6 +452,15 @@ class LAMB8bit(Optimizer8bit):
         params, lr, betas, eps, weight_decay: of the formula.
         bias_correction: whether moments are divided by ``1 - beta**t``.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.LAMB8bit([weight], lr=0.01)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(
@@ -409,6 +501,15 @@ class LARS8bit(Optimizer8bit):
         params, lr, momentum, dampening, weight_decay, nesterov: as in `SGD8bit`.
         trust_coefficient, eps: of the formula.
         options: those of every optimizer: see `Optimizer8bit`.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+        >>> optimizer = octavo.optim.LARS8bit([weight], lr=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> bool((weight < 1).all())
+        True
     """
 
     def __init__(

@@ -29,7 +29,7 @@ Page = TypeVar("Page", contravariant=True)
 
 
 class Plan(NamedTuple):
-    """Of states given by their sizes: which stay, and the pages of the others, by their positions, in order."""
+    """Decide from their sizes which states stay, and the pages of the others, by their positions, in order."""
 
     stay: list[int]
     pages: list[list[int]]
@@ -68,8 +68,10 @@ def plan(sizes: Sequence[int], budget: int | None, held: int = 0, buffer: int = 
     Raises:
         ValueError: the budget is too small; the message has the values, but neither the optimizer nor the device.
     """
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i]) if staged else []  # of equals, the first first
-    # What is needed if the k largest stay: they, and two buffers of the next.
+    # The sort is stable: of equal sizes the earlier state comes first.
+    # The sort is stable: of equal sizes the earlier state comes first.
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i]) if staged else []
+    # If the k largest stay, the device must hold them and two buffers of the size of the next.
     kept = [0, *itertools.accumulate(sizes[i] for i in order)]
     largest = [*(max(sizes[i], buffer) for i in order), buffer]
     k = min(range(len(order) + 1), key=lambda k: kept[k] + 2 * largest[k])
@@ -116,7 +118,7 @@ def schedule(buffers: Sequence[int]) -> Iterator[Op]:
     A page is loaded while the page before it is stepped, if that is in the other buffer, and not before its buffer's
     last page is stored.
     """
-    stored: dict[int, int] = {}  # by buffer: its last page
+    stored: dict[int, int] = {}  # the last page of each buffer
     taken: set[int] = set()
     ahead = 0
     for i, buffer in enumerate(buffers):
@@ -132,7 +134,7 @@ def schedule(buffers: Sequence[int]) -> Iterator[Op]:
 
 
 class Device(Protocol[Page]):
-    """What the operations are made of. Calls return at once where the device goes on by itself."""
+    """The operations that a schedule is made of. Calls return at once where the device goes on by itself."""
 
     def buffer_of(self, page: Page) -> int: ...
 
@@ -146,7 +148,7 @@ class Device(Protocol[Page]):
         """Copy a page back, on the stream "out"."""
 
     def record(self, stream: str) -> Any:
-        """What stands for all that this stream has been given so far."""
+        """An event that stands for all the work that this stream has been given so far."""
 
     def wait(self, stream: str, event: Any) -> None:
         """Let what this stream is given from now on wait for that."""

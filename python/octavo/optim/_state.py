@@ -1,4 +1,4 @@
-"""What an optimizer keeps for one parameter: names, shapes, and the 8-bit format.
+"""The states that an optimizer keeps for one parameter: names, shapes, and the 8-bit format.
 
 State of a rule, in the order of the kernels: its moments, then its second moment. In 32 bit these are torch.optim's:
 fp32 tensors of the parameter's shape, `exp_avg`, `exp_avg_sq` and so on. In 8 bit each is uint8 codes of the
@@ -90,7 +90,7 @@ def local_of(t: Tensor) -> Tensor:
     if not is_dtensor(t):
         return t
     local = cast(Any, t).to_local()
-    wait = getattr(local, "wait", None)  # of a collective still under way
+    wait = getattr(local, "wait", None)  # a local part may come of a collective that is still under way
     return cast(Tensor, local if wait is None else wait())
 
 
@@ -145,7 +145,7 @@ def _in_rows(param: Tensor) -> bool:
 
 
 def absmax_shape(param: Tensor, rows: bool | None = None) -> tuple[int, ...]:
-    """Of the whole parameter."""
+    """The shape of the absmax of a whole parameter."""
     if _in_rows(param) if rows is None else rows:
         return (param.shape[0], blocks_of(row_of(param)))
     return (blocks_of(param.numel()),)
@@ -170,7 +170,8 @@ def wants_8bit(group: dict[str, Any], param: Tensor) -> bool:
 # ---- making states -------------------------------------------------------------------------------------------------
 
 
-Make: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]  # a tensor with any values, where it belongs
+# Makes a tensor of a shape and dtype where the state belongs; its values are arbitrary.
+Make: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def beside(param: Tensor) -> Make:
@@ -209,7 +210,7 @@ def add_compensation(state: State, param: Tensor, make: Make | None = None) -> N
 
 
 def bytes_of(param: Tensor, names: Names, quantized: bool, kahan: bool, aligned: Callable[[int], int]) -> int:
-    """What a new state takes here, without its step, each tensor aligned."""
+    """The bytes that a new state takes here, without its step, with each tensor aligned."""
     local = local_of(param)
     if local.numel() == 0:
         return 0

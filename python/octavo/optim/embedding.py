@@ -21,6 +21,12 @@ class StableEmbedding(nn.Embedding):
     Attributes:
         weight: [num_embeddings, embedding_dim], as in torch; so are the arguments.
         norm: `torch.nn.LayerNorm` over embedding_dim.
+
+    Example:
+        >>> import octavo, torch
+        >>> embedding = octavo.nn.StableEmbedding(10, 4)
+        >>> embedding(torch.tensor([1, 2])).shape, embedding.weight.octavo_state_bits
+        (torch.Size([2, 4]), 32)
     """
 
     norm: nn.LayerNorm

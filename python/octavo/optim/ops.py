@@ -22,6 +22,13 @@ def optim_table(
 
     Returns int64 [words] on the CPU: to be moved to the parameters' device, and to be made anew when any tensor is
     another or lies elsewhere. Checks all that `optim_step` checks of its lists.
+
+    Example:
+        >>> import octavo, torch
+        >>> p, g = torch.ones(4), torch.full((4,), 2.0)
+        >>> lists = [p], [g], [torch.ones(1)], [], [], []
+        >>> octavo.ops.optim_table(*lists, ids=[0]).dtype
+        torch.int64
     """
     return torch.ops.octavo.optim_table(params, grads, steps, states, absmax, compensation, ids)
 
@@ -100,6 +107,15 @@ def optim_step(
         stochastic: round bf16 parameters up or down at random, the nearer the likelier.
         seed: of the random numbers, with the parameters' ids and step numbers.
         sums: of a rule that has any, those of `optim_sums` for this step, where they are not to be taken here.
+
+    Example:
+        >>> import octavo, torch
+        >>> p, g = torch.ones(4), torch.full((4,), 2.0)
+        >>> lists = [p], [g], [torch.ones(1)], [], [], []
+        >>> table = octavo.ops.optim_table(*lists, ids=[0])
+        >>> octavo.ops.optim_step(*lists, torch.zeros(1, dtype=torch.int64), table, "sgd", [0.25] + [0.0] * 14)
+        >>> p
+        tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
     torch.ops.octavo.optim_step(
         params, grads, steps, states, absmax, compensation, nonfinite, table, rule, hyper, lr, grad_scale, found_inf,
@@ -127,10 +143,10 @@ def optim_sums(
     grad_factor: Tensor | None = None,
     maximize: bool = False,
 ) -> Tensor:
-    """What `optim_step` has to know of whole parameters under the rules lamb, lars and stable_adamw: two sums over
-    each, which add up over the shards of one. Nothing is changed.
+    """Compute the sums over whole parameters that `optim_step` needs under the rules lamb, lars and stable_adamw: two
+    sums over each, which add up over the shards of one. Nothing is changed.
 
-    Of lamb and lars the squares of the parameter, and of lamb's direction or lars's gradient. Of stable_adamw
+    For lamb and lars they are the squares of the parameter, and of lamb's direction or lars's gradient. Of stable_adamw
     ``g**2 / max(v, eps**2)``, with the gradient and the new second moment, and the number of elements. Elements that
     the step will leave alone add nothing but to that number.
 
@@ -140,6 +156,15 @@ def optim_sums(
         rule: lamb, lars or stable_adamw.
 
     Returns float64 [number of params, 2], zeros where found_inf says that nothing changes.
+
+    Example:
+        >>> import octavo, torch
+        >>> p, g = torch.ones(4), torch.full((4,), 2.0)
+        >>> states, absmax = [torch.zeros(4)], [torch.empty(0)]
+        >>> lists = [p], [g], [torch.ones(1)], states, absmax, []
+        >>> table = octavo.ops.optim_table(*lists, ids=[0])
+        >>> octavo.ops.optim_sums(*lists, table, "lars", [0.25] + [0.0] * 14)
+        tensor([[ 4., 16.]], dtype=torch.float64)
     """
     made: Tensor = torch.ops.octavo.optim_sums(
         params, grads, steps, states, absmax, compensation, table, rule, hyper, grad_scale, found_inf, grad_factor,

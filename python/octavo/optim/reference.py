@@ -2,7 +2,7 @@
 each rule with its roundings.
 
 The arithmetic is fp32 in a stated order with fused multiply-adds, exactly; states are coded as in
-`octavo.reference_states`. Only sums over whole tensors are in another order.
+`octavo.blockwise.maps`. Only sums over whole tensors are in another order.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STATES = {
     "lars": (1, False),
     "stable_adamw": (1, True),
 }
-# What a rule has to know of whole tensors; csrc/optim8/optim8.h.
+# The sums over whole tensors that a rule needs: see csrc/optim8/optim8.h.
 SUMS = {"lamb": "norms", "lars": "norms", "stable_adamw": "ratio"}
 
 
@@ -165,7 +165,7 @@ class _Before:
     p: Tensor  # with what Kahan's compensation keeps
     g: Tensor
     kept: list[Tensor]  # the states: of a second moment in 8 bits the root
-    old: list[Tensor]  # as the rule takes them
+    old: list[Tensor]  # the old states, as the rule takes them
 
     @classmethod
     def of(
@@ -279,7 +279,7 @@ def optim_step(
             root = second and s == moments
             value = torch.where(valid, sqrt(value) if root and quantized else value, old)
             if quantized:
-                # What is left alone keeps its code under the same absmax.
+                # An element that is left alone keeps its code under the same absmax.
                 left = (_blocks_of(valid.float().neg() + 1, row) > 0).any(1)
                 key = dither_key(number, t, s) if root or s == 1 else None  # s == 1: AdEMAMix's slow moment
                 value, most = _encode(value, row, not root, torch.where(left, scale.flatten(), 0.0), key)

@@ -1,4 +1,4 @@
-"""The arithmetic and the rules of `octavo.reference_optim`: each rule with its roundings, in fp32 in a stated order."""
+"""The arithmetic and the rules of `octavo.optim.reference`: each rule with its roundings, in fp32 in a stated order."""
 
 from __future__ import annotations
 

@@ -29,6 +29,11 @@ def dense_to_csr(
         ValueError: not a matrix, threshold and mask together, a negative or NaN threshold, a mask of another shape or
             dtype, k of 2**31 or more.
         TypeError: a dtype that is none of the three.
+
+    Example:
+        >>> import octavo, torch
+        >>> octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 0.5]]), threshold=1.0)
+        (tensor([2., 3.]), tensor([1, 0], dtype=torch.uint16), tensor([0, 1, 2], dtype=torch.int32))
     """
     if dense.dim() != 2:
         raise ValueError(f"dense_to_csr: dense must be a matrix, got shape {list(dense.shape)}")
@@ -78,6 +83,12 @@ def csr_to_dense(values: Tensor, columns: Tensor, row_offsets: Tensor, k: int) -
         columns: [nnz], int32 or uint16.
         row_offsets: [n + 1], int32 or int64.
         k: the number of columns.
+
+    Example:
+        >>> import octavo, torch
+        >>> dense = torch.tensor([[0.0, 2.0], [3.0, 4.0]])
+        >>> torch.equal(octavo.sparse.csr_to_dense(*octavo.sparse.dense_to_csr(dense), k=2), dense)
+        True
     """
     n = len(row_offsets) - 1
     places = _entry_rows(row_offsets, len(columns)) * k + columns.to(torch.int32)
@@ -101,6 +112,13 @@ def validate_csr(values: Tensor, columns: Tensor, row_offsets: Tensor, k: int) -
     Raises:
         ValueError: names the first row or entry that is wrong, and its values.
         TypeError: a wrong dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> values, columns, row_offsets = octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+        >>> octavo.sparse.validate_csr(values, columns, row_offsets, k=1)
+        Traceback (most recent call last):
+        ValueError: validate_csr: columns must be in [0, 1), got 1 in row 0 (entry 0)
     """
     if values.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"validate_csr: values must be float32, float16 or bfloat16, got {values.dtype}")

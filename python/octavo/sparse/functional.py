@@ -63,6 +63,14 @@ def csr_matmul(
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, malformed row_offsets on the CPU, a gradient of a gradient.
+
+    Example:
+        >>> import octavo, torch
+        >>> values, columns, row_offsets = octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+        >>> x = torch.ones(1, 2, requires_grad=True)
+        >>> octavo.csr_matmul(values, columns, row_offsets, x, n=2).sum().backward()
+        >>> x.grad
+        tensor([[3., 6.]])
     """
     x = autocast(x)
     if not needs_grad(values, x, bias):

@@ -40,6 +40,12 @@ def csr_matmul(
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, another n, malformed row_offsets on the CPU.
+
+    Example:
+        >>> import octavo, torch
+        >>> values, columns, row_offsets = octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+        >>> octavo.ops.csr_matmul(values, columns, row_offsets, torch.ones(1, 2), n=2)
+        tensor([[2., 7.]])
     """
     return torch.ops.octavo.csr_matmul(values, columns, row_offsets, x, n, bias)
 
@@ -61,6 +67,14 @@ def csr_matmul_add(out: Tensor, values: Tensor, columns: Tensor, row_offsets: Te
         columns: [nnz], int32 or uint16.
         row_offsets: [n + 1], int32 or int64.
         x: [..., k], fp32, fp16 or bf16; not memory of out.
+
+    Example:
+        >>> import octavo, torch
+        >>> values, columns, row_offsets = octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+        >>> out = torch.ones(1, 2)
+        >>> octavo.ops.csr_matmul_add(out, values, columns, row_offsets, torch.ones(1, 2))
+        >>> out
+        tensor([[3., 8.]])
     """
     torch.ops.octavo.csr_matmul_add(out, values, columns, row_offsets, x)
 
@@ -85,6 +99,12 @@ def csr_matmul_transposed(values: Tensor, columns: Tensor, row_offsets: Tensor, 
 
     Returns:
         [..., k], g's dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> values, columns, row_offsets = octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+        >>> octavo.ops.csr_matmul_transposed(values, columns, row_offsets, torch.ones(1, 2), k=2)
+        tensor([[3., 6.]])
     """
     return torch.ops.octavo.csr_matmul_transposed(values, columns, row_offsets, g, k)
 
@@ -112,6 +132,12 @@ def csr_grad_values(
 
     Returns:
         [nnz].
+
+    Example:
+        >>> import octavo, torch
+        >>> values, columns, row_offsets = octavo.sparse.dense_to_csr(torch.tensor([[0.0, 2.0], [3.0, 4.0]]))
+        >>> octavo.ops.csr_grad_values(columns, row_offsets, torch.ones(1, 2), torch.tensor([[5.0, 7.0]]))
+        tensor([7., 5., 7.])
     """
     return torch.ops.octavo.csr_grad_values(columns, row_offsets, g, x, dtype)
 

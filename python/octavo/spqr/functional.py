@@ -55,12 +55,12 @@ def spqr_matmul_flat(
 def spqr_matmul(x: Tensor, w: SpQRWeight, bias: Tensor | None = None) -> Tensor:
     """``x @ W.T + bias`` with an SpQR weight (arXiv 2306.03078), differentiable in x and bias.
 
-    See `octavo.spqr_linear` for what W is. Backward, for g = dL/dy: ``grad_x = g @ W`` with ``w.dequantize(g.dtype)``
-    as a product in g's dtype, one rounding of each sum; ``grad_bias = g.sum(0)``, accumulated in fp32. The forward pass
-    never dequantizes more than its kernel needs at a time, and x is not saved; the backward pass holds this one weight
-    dequantized, n * k elements of g's dtype, while it multiplies by it. (Part by part would take less: but outliers are
-    not sorted by column, and by rows the parts would have to be added up in g's dtype.) Under autocast x is cast to the
-    autocast dtype first.
+    See `octavo.ops.spqr_linear` for what W is. Backward, for g = dL/dy: ``grad_x = g @ W`` with
+    ``w.dequantize(g.dtype)`` as a product in g's dtype, one rounding of each sum; ``grad_bias = g.sum(0)``, accumulated
+    in fp32. The forward pass never dequantizes more than its kernel needs at a time, and x is not saved; the backward
+    pass holds this one weight dequantized, n * k elements of g's dtype, while it multiplies by it. (Part by part would
+    take less: but outliers are not sorted by column, and by rows the parts would have to be added up in g's dtype.)
+    Under autocast x is cast to the autocast dtype first.
 
     Args:
         x: [..., w.k], fp32, fp16 or bf16.
@@ -73,6 +73,14 @@ def spqr_matmul(x: Tensor, w: SpQRWeight, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, sizes that are not supported, a gradient of a gradient.
         ValueError: a tensor of w requires a gradient: there is none.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> w = SpQRWeight.pack(quantize_weight(torch.ones(16, 32), None, settings))
+        >>> octavo.spqr_matmul(torch.ones(2, 32), w).shape
+        torch.Size([2, 16])
     """
     sizes = (w.n, w.group_size, w.stats_group_size, w.scale_bits, w.zero_bits)
     return spqr_matmul_flat(x, w.arguments(), bias, sizes)

@@ -40,7 +40,7 @@ class SpQROptions(NamedTuple):
 
 
 def _tensor_errors(state: Mapping[str, Tensor], in_features: int, out_features: int, options: SpQROptions) -> list[str]:
-    """What is wrong with the tensors of an `SpQRLinear`, one line each: missing, dtype, shape, values.
+    """List the errors of the tensors of an `SpQRLinear`, one line each: missing, dtype, shape, values.
 
     Nothing is wrong with a state without any tensor of the weight. Values are read only where dtypes and shapes are
     right, by `SpQRWeight.validate`.
@@ -95,12 +95,19 @@ class SpQRLinear(LowBitLinear):
     Attributes:
         in_features, out_features: k and n. k is a multiple of group_size.
         bits, group_size, stats_group_size, scale_bits, zero_bits: as in `octavo.spqr.SpQRWeight`.
-        codes, statistics, second_order, unit, outliers, row_offsets, perm: buffers, as in `octavo.spqr_linear`;
+        codes, statistics, second_order, unit, outliers, row_offsets, perm: buffers, as in `octavo.ops.spqr_linear`;
             second_order and perm may be None.
         bias: [out_features], parameter, or None.
 
     Raises:
         ValueError: options that the operators do not know, in_features that group_size does not divide.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> report = octavo.quantize_model(model, "spqr", calibration=[torch.randn(256, 64)], progress=False)
+        >>> model[0](torch.randn(2, 64)).shape
+        torch.Size([2, 32])
     """
 
     tensors = TENSORS

@@ -84,7 +84,7 @@ class _Settings(MethodSettings):
             )
 
     def quantizer(self) -> SpQRConfig:
-        """What the quantizer is told."""
+        """The configuration that the quantizer gets."""
         return self.config or self.preset(**self.chosen())
 
     def describe(self) -> str:
@@ -96,7 +96,7 @@ class _Settings(MethodSettings):
 
 
 class _Calibrated(Method):
-    """What spqr, gptq and rtn do alike: go through the model block by block."""
+    """The base of spqr, gptq and rtn, which all go through the model block by block."""
 
     layer = SpQRLinear
     stored = "spqr"

@@ -54,6 +54,15 @@ def spqr_linear(
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, sizes that are not supported.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> w = SpQRWeight.pack(quantize_weight(torch.ones(16, 32), None, settings))
+        >>> tensors = (w.codes, w.statistics, w.second_order, w.unit, w.outliers, w.row_offsets, w.perm)
+        >>> octavo.ops.spqr_linear(torch.ones(2, 32), *tensors, bias=None, n=16, group_size=16).shape
+        torch.Size([2, 16])
     """
     return torch.ops.octavo.spqr_linear(
         x, codes, statistics, second_order, unit, outliers, row_offsets, perm, bias, n, group_size, stats_group_size,
@@ -107,6 +116,15 @@ def spqr_dequantize(
 
     Raises:
         RuntimeError: mismatched shapes, dtypes or devices, sizes that are not supported.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> w = SpQRWeight.pack(quantize_weight(torch.ones(16, 32), None, settings))
+        >>> tensors = (w.codes, w.statistics, w.second_order, w.unit, w.outliers, w.row_offsets, w.perm)
+        >>> octavo.ops.spqr_dequantize(*tensors, n=16, k=32, dtype=torch.float32, group_size=16).shape
+        torch.Size([16, 32])
     """
     return torch.ops.octavo.spqr_dequantize(
         codes, statistics, second_order, unit, outliers, row_offsets, perm, n, k, dtype, group_size, stats_group_size,
@@ -179,6 +197,15 @@ def spqr_quantize_columns(
             them apart, scale is their middle, zero 0, and the codes 1.
         residual: fp16 [n, k], 0 where no outlier is.
         error: fp32 [n, k], e of the result: subtract ``error @ U[block, after]`` from the columns after the block.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.arange(16.0).repeat(16, 1)
+        >>> result = octavo.ops.spqr_quantize_columns(weight, torch.eye(16), float("inf"), bits=4, group_size=16)
+        >>> result[0][0].tolist()
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
+        >>> result[1][0], result[2][0]
+        (tensor([1.], dtype=torch.float16), tensor([0.], dtype=torch.float16))
     """
     return torch.ops.octavo.spqr_quantize_columns(
         weight, factor, threshold, bits, group_size, stats_group_size, scale_bits, zero_bits, leave_one_out

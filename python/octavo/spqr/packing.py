@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _ROWS, _COLUMNS, _PAIRS = 16, 32, 16
-WIDE = 65536  # from more columns on, ids take a word of their own
+WIDE = 65536  # with more columns, an id takes a word of its own
 
 
 def _signed(words: Tensor) -> Tensor:

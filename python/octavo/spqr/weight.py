@@ -31,7 +31,15 @@ class SpQRWeight:
         group_size: columns that share a scale and a zero point: 16, 32 or 64 (the paper's beta1).
         stats_group_size: rows whose scales, and zero points, are quantized together (beta2): a multiple of 16.
         scale_bits, zero_bits: of the codes of scales and zero points, 1 to 4; unused where second_order is None.
-        codes, statistics, second_order, unit, outliers, row_offsets, perm: see `octavo.spqr_linear`.
+        codes, statistics, second_order, unit, outliers, row_offsets, perm: see `octavo.ops.spqr_linear`.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> w = SpQRWeight.pack(quantize_weight(torch.ones(16, 32), None, settings))
+        >>> w.dequantize(torch.float32).shape
+        torch.Size([16, 32])
     """
 
     n: int
@@ -100,7 +108,7 @@ class SpQRWeight:
 
     @property
     def bytes(self) -> int:
-        """Of all tensors: what the weight takes in memory and, but for headers, on disk."""
+        """The bytes of all tensors, which the weight takes in memory and, but for headers, on disk."""
         return sum(t.numel() * t.element_size() for t in self.arguments() if t is not None)
 
     @property
@@ -122,7 +130,7 @@ class SpQRWeight:
         return bits + (self.scale_bits + self.zero_bits) / self.group_size + second
 
     def validate(self) -> list[str]:
-        """What is wrong with the values that kernels trust, one line each: empty for a sound weight.
+        """List the errors among the values that kernels trust, one line each: empty for a sound weight.
 
         Shapes and dtypes are checked by the operators on each call; this reads the tensors and waits for the device.
         """

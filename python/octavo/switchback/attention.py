@@ -44,6 +44,13 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
     Args:
         embed_dim, num_heads, dropout, bias, batch_first, device, dtype: as in torch.
         variant, k_split, stochastic_rounding: as in `octavo.nn.SwitchBackLinear`, of both projections.
+
+    Example:
+        >>> import octavo, torch
+        >>> attention = octavo.nn.SwitchBackMultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.ones(1, 5, 8)
+        >>> attention(x, x, x, need_weights=False)[0].shape
+        torch.Size([1, 5, 8])
     """
 
     _weight_name = "in_proj_weight"
@@ -104,7 +111,7 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
             raise ValueError(f"out_proj: {error}") from None
 
     def prepare_for_eval(self: _Attention) -> _Attention:
-        """As of `SwitchBackLinear`, both projections."""
+        """Prepare both projections as `SwitchBackLinear.prepare_for_eval` does."""
         super().prepare_for_eval()
         out_proj: Any = self.out_proj
         out_proj.prepare_for_eval()
@@ -194,7 +201,7 @@ class SwitchBackMultiheadAttention(Int8Weight, nn.MultiheadAttention):
             fail(f"query, key and value must all have 3 dimensions, or 2 without a batch, got shapes {shapes}")
         if {t.shape[-1] for t in (query, key, value)} != {self.embed_dim} or key.shape != value.shape:
             fail(f"query, key and value must have {self.embed_dim} features, key and value one shape, got {shapes}")
-        at = 0 if query.dim() == 2 or not self.batch_first else 1  # of the positions
+        at = 0 if query.dim() == 2 or not self.batch_first else 1  # the dimension of the positions
         batch = None if query.dim() == 2 else query.shape[1 - at]
         if batch is not None and key.shape[1 - at] != batch:
             fail(f"query and key differ in their batch: shapes {shapes}")

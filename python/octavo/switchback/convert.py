@@ -25,11 +25,18 @@ add_hint(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_linears` did.
+    """The record of what `convert_linears` did.
 
     Attributes:
         converted: names of the modules that are of another class now.
         left: names of the modules that were asked for and stay what they are, with the reason.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> done = octavo.convert_linears(model, exclude=["1"])
+        >>> done.converted
+        ['0']
     """
 
     converted: list[str] = field(default_factory=list)
@@ -47,8 +54,8 @@ def convert_linears(
     `octavo.nn.SwitchBackMultiheadAttention`, or back.
 
     Modules change their class where they stand: parameters, hooks, names, training mode and whatever else refers to
-    them stay as they are, so that it makes no difference whether the optimizer was made before or after. That of
-    ``convert_linears(model, SwitchBackLinear)`` undoes ``convert_linears(model, torch.nn.Linear)``.
+    them stay as they are, so that it makes no difference whether the optimizer was made before or after. A call with
+    `torch.nn.Linear` undoes one with `SwitchBackLinear`.
 
     Converted are modules whose type is exactly `torch.nn.Linear` (also a fused query-key-value projection) or
     `torch.nn.MultiheadAttention`, whose projections are converted together. All is checked before anything is changed.
@@ -72,6 +79,14 @@ def convert_linears(
         ValueError: unknown options or variant, patterns that match nothing (but "lm_head"), no layer to convert, a
             weight of another dtype or wider than 131071, layers that have other options already, or, going back, were
             prepared for evaluation.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> octavo.convert_linears(model, exclude=["2"]).converted
+        ['0']
+        >>> type(model[0]).__name__
+        'SwitchBackLinear'
     """
     backwards = cls is nn.Linear
     if not backwards and cls is not SwitchBackLinear:
@@ -131,6 +146,14 @@ def prepare_for_eval(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: no such layer; one that cannot be prepared. Nothing is changed then.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = torch.nn.Sequential(octavo.nn.SwitchBackLinear(4, 8)).eval()
+        >>> octavo.prepare_for_eval(model)
+        ['0']
+        >>> model[0].weight.dtype
+        torch.int8
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Weight)}
     if not layers:

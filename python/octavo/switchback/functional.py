@@ -45,6 +45,12 @@ class QuantizedWeight(NamedTuple):
         scale: fp32 [n], or [] for the whole tensor.
         transposed: int8 [k, n], ``weight.T ~ transposed * transposed_scale[:, None]``, or None.
         transposed_scale: fp32 [k], or None: it is `scale`, of the whole tensor.
+
+    Example:
+        >>> import octavo, torch
+        >>> quantized = octavo.switchback.switchback_weight(torch.ones(3, 4), transpose=False)
+        >>> quantized.codes.dtype, quantized.scale.shape, quantized.transposed
+        (torch.int8, torch.Size([]), None)
     """
 
     codes: Tensor
@@ -104,6 +110,15 @@ def switchback_weight(weight: Tensor, variant: str = "switchback", transpose: bo
 
     Raises:
         ValueError: an unknown variant, or "fp8"; a weight that is no matrix.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.ones(3, 4)
+        >>> quantized = octavo.switchback.switchback_weight(weight)
+        >>> quantized.codes.shape, quantized.transposed.shape
+        (torch.Size([3, 4]), torch.Size([4, 3]))
+        >>> octavo.switchback_linear(torch.ones(2, 4), weight, quantized=quantized).shape
+        torch.Size([2, 3])
     """
     if check_variant(variant) == "fp8":
         raise ValueError("variant fp8 is a simulation: there is no int8 weight")
@@ -124,8 +139,8 @@ def switchback_weight(weight: Tensor, variant: str = "switchback", transpose: bo
 
 
 def _seed(like: Tensor) -> Tensor:
-    """Of a random rounding, drawn on the device from the generator of torch: `torch.manual_seed` repeats it, and every
-    replay of a CUDA graph draws anew."""
+    """The seed of a random rounding, drawn on the device from the generator of torch: `torch.manual_seed` repeats it,
+    and every replay of a CUDA graph draws anew."""
     return torch.randint(1 << 62, (1,), device=like.device)
 
 
@@ -257,7 +272,7 @@ def switchback_linear(
     | "memory_efficient" | one                           | Q_row(x), dequantized for the product             |
     | "vectorwise"       | a row's; backward: a column's | x                                                 |
     | "all_int8"         | a row's; backward: a column's | x by columns in int8, for a product in int8       |
-    | "fp8"              | see `octavo.fp8_linear`       | x in fp8                                          |
+    | "fp8"              | see `fp8_linear`              | x in fp8                                          |
 
     The last but one is the baseline of LLM.int8() (2208.07339) that the paper compares with; its two options make it
     better. Under autocast x is cast to the autocast dtype first. Rows with special values: as in `octavo.ops`: a row
@@ -281,6 +296,17 @@ def switchback_linear(
     Raises:
         ValueError: an unknown variant, an option of another variant.
         RuntimeError: mismatched shapes, dtypes or devices, a gradient of a gradient.
+
+    Example:
+        >>> import octavo, torch
+        >>> weight = torch.ones(3, 4, requires_grad=True)
+        >>> y = octavo.switchback_linear(torch.ones(2, 4), weight)
+        >>> y.detach().round(decimals=4)
+        tensor([[4., 4., 4.],
+                [4., 4., 4.]])
+        >>> y.sum().backward()
+        >>> weight.grad.shape
+        torch.Size([3, 4])
     """
     check_options(variant, k_split, stochastic_rounding)
     return training_linear(x, weight, bias, variant, quantized, k_split, stochastic_rounding, None)
@@ -392,6 +418,11 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: mismatched shapes, other dtypes, a gradient of a gradient.
+
+    Example:
+        >>> import octavo, torch
+        >>> octavo.switchback.fp8_linear(torch.ones(2, 4), torch.ones(3, 4)).shape
+        torch.Size([2, 3])
     """
     x = autocast(x)
     _check_operands("fp8_linear", x, weight, bias)

@@ -72,7 +72,7 @@ class WeightCache:
 
 
 def _identity(weight: Tensor) -> tuple[int, int, int]:
-    """What changes with the weight, as far as Python can see."""
+    """A key that changes with the weight, as far as Python can see."""
     return id(weight), weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
@@ -114,7 +114,7 @@ class Int8Weight(FrozenBuffers):
         if self._held is not None:
             if not torch.compiler.is_compiling() and self._held_key != _identity(weight):
                 raise RuntimeError(
-                    f"{self._weight_name} was changed inside of octavo.quantize_once, and codes are stale"
+                    f"{self._weight_name} was changed inside of octavo.switchback.quantize_once, and codes are stale"
                 )
             return self._held
         if self.variant == "fp8" or not self.training or torch.compiler.is_compiling():
@@ -243,7 +243,7 @@ class Int8Weight(FrozenBuffers):
 def quantize_once(model: nn.Module) -> Iterator[None]:
     """Quantize all weights of `model` that its int8 layers train, once, for every forward pass in the ``with``:
 
-        with octavo.quantize_once(model):
+        with octavo.switchback.quantize_once(model):
             for batch in micro_batches:
                 loss(compiled(batch)).backward()
         optimizer.step()
@@ -255,6 +255,15 @@ def quantize_once(model: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: from a forward pass, that a weight was changed inside: not seen by a compiled one, nor where it is
             written through ``weight.data``.
+
+    Example:
+        >>> import octavo, torch
+        >>> model = octavo.nn.SwitchBackLinear(4, 3)
+        >>> with octavo.switchback.quantize_once(model):
+        ...     for micro_batch in torch.ones(2, 2, 4):
+        ...         model(micro_batch).sum().backward()
+        >>> model.weight.grad.shape
+        torch.Size([3, 4])
     """
     put: list[tuple[Int8Weight, QuantizedWeight, dict[str, Any]]] = []
     try:
@@ -288,8 +297,8 @@ class SwitchBackLinear(Int8Weight, nn.Linear):
     it was changed in place, replaced or moved, after a step of any optimizer, and once ``weight.grad`` was set to None
     after a backward pass. So a loop that writes ``weight.data`` by hand is seen where it sets gradients to None after
     that and before the next forward pass, and not where it zeroes them, or resets them later. Outside of training,
-    under torch.compile (but for `octavo.quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized
-    at every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
+    under torch.compile (but for `quantize_once`), while a CUDA graph is captured and with FSDP2 it is quantized at
+    every call. Parameters, their initialisation and the state dict are those of `torch.nn.Linear`.
 
     Args:
         in_features, out_features, bias, device, dtype: as in torch; weight and bias are fp32, fp16 or bf16.
@@ -300,6 +309,15 @@ class SwitchBackLinear(Int8Weight, nn.Linear):
 
     Raises:
         ValueError: an unknown variant, an option of another variant, another dtype.
+
+    Example:
+        >>> import octavo, torch
+        >>> layer = octavo.nn.SwitchBackLinear(4, 3)
+        >>> layer
+        SwitchBackLinear(in_features=4, out_features=3, bias=True, variant='switchback')
+        >>> layer(torch.ones(2, 4)).sum().backward()
+        >>> layer.weight.grad.shape
+        torch.Size([3, 4])
     """
 
     def __init__(
@@ -335,6 +353,11 @@ class LayerScale(nn.Module):
     Args:
         width: of the last dimension of x.
         init: of gamma; zero in the paper's fp8 training.
+
+    Example:
+        >>> import octavo, torch
+        >>> octavo.nn.LayerScale(3, init=0.5)(torch.ones(1, 3)).detach()
+        tensor([[0.5000, 0.5000, 0.5000]])
     """
 
     def __init__(

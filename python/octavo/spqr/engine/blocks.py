@@ -80,7 +80,7 @@ class _Work:
         self.names, self.config, self.store = layers, config, store
         self.measured, self.finished = measured, finished
         self.left = dict(layers)
-        self.codes: dict[nn.Linear, SpQRCodes] = {}  # of the block at hand
+        self.codes: dict[nn.Linear, SpQRCodes] = {}  # the quantized weights of the current block
 
     def block(self, block: nn.Module, calls: Sequence[Call], last: bool) -> list[Any]:
         """Quantize the layers in it, and return what the block then makes of each call; nothing of the last block."""

@@ -41,18 +41,18 @@ class Call:
         return block(*call.args, **call.kwargs)
 
     def stop_or_run(self, block: nn.Module) -> None:
-        """As `run`, where a hook may have stopped it."""
+        """Run the block like `run`; a hook may stop it."""
         with suppress(_Stop):
             self.run(block)
 
 
 def stop() -> None:
-    """To be called in a hook during `Call.stop_or_run`."""
+    """Stop the forward pass; a hook calls this during `Call.stop_or_run`."""
     raise _Stop
 
 
 def first_tensor(output: Any) -> Any:
-    """What the next block gets: the output, or the first of several."""
+    """The input of the next block: the output, or the first of several."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 

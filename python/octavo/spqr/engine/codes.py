@@ -28,6 +28,14 @@ class SpQRCodes:
         loss: sum of the squared errors over the inverse Hessian's diagonal, what the quantizer minimizes; in units of
             that of the weight's variance, the threshold's unit.
         error: relative error of the layer's output on the calibration inputs; NaN without a Hessian.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> codes = quantize_weight(torch.arange(16.0).repeat(16, 2), None, settings)
+        >>> codes.n, codes.k, codes.bits, codes.codes.shape
+        (16, 32, 4, torch.Size([16, 32]))
     """
 
     n: int
@@ -78,7 +86,7 @@ class SpQRCodes:
 
     @property
     def outlier_share(self) -> float:
-        """Of all weights."""
+        """The outliers' share of all weights."""
         return len(self.outlier_values) / max(1, self.n * self.k)
 
     @property

@@ -46,6 +46,15 @@ def quantize_weight(
     Raises:
         ValueError: NaN or Inf in the weight, k that the group size does not divide, a missing or unusable Hessian
             (see `factorize`), errors that grow beyond fp16 while they are propagated.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import SpQRConfig, SpQRWeight, quantize_weight
+        >>> settings = SpQRConfig.rtn(bits=4, group_size=16)
+        >>> weight = torch.arange(16.0).repeat(16, 2)
+        >>> codes = quantize_weight(weight, None, settings)
+        >>> codes.codes[0, :4]
+        tensor([0, 1, 2, 3], dtype=torch.uint8)
     """
     where = f"{name}: " if name else ""
     _check(weight, config, where)
@@ -104,7 +113,7 @@ def _unit(weight: Tensor) -> Tensor:
 def _quantize(
     w: Tensor, upper: Tensor | None, threshold: float, config: SpQRConfig, columns: Columns, where: str
 ) -> tuple[list[tuple[Tensor, ...]], float]:
-    """What the loop returns of each block of columns, and the sum of squared errors. w is overwritten."""
+    """Return the results of the loop for each block of columns, and the sum of squared errors. w is overwritten."""
     k = w.shape[1]
     second = (config.scale_bits, config.zero_bits) if config.bilevel else (0, 0)
     parts, loss = [], 0.0

@@ -32,6 +32,13 @@ class SpQRConfig:
 
     Raises:
         ValueError: a setting outside these ranges.
+
+    Example:
+        >>> from octavo.spqr import SpQRConfig
+        >>> print(SpQRConfig())
+        3 bits, groups of 16 x 16, two-level statistics, tau 0.2
+        >>> print(SpQRConfig.gptq(bits=3))
+        3 bits, groups of 64, fp16 statistics, no outliers
     """
 
     bits: int = 3

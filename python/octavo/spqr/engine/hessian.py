@@ -14,6 +14,15 @@ class Hessian:
     Attributes:
         matrix: fp32 [k, k].
         count: vectors seen.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import Hessian
+        >>> hessian = Hessian(2)
+        >>> hessian.add(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> hessian.matrix, hessian.count
+        (tensor([[1., 0.],
+                [0., 9.]]), 2)
     """
 
     def __init__(self, k: int, device: torch.device | str = "cpu", name: str = "") -> None:
@@ -42,7 +51,7 @@ class Hessian:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What `quantize_weight` needs of a Hessian, made once for all layers that share it.
+    """The factor of a Hessian that `quantize_weight` needs, made once for all layers that share it.
 
     Attributes:
         upper: fp32 [k, k] U, upper triangular: ``U^T U`` is the inverse of the damped Hessian over its mean diagonal,
@@ -65,6 +74,13 @@ def factorize(hessian: Tensor, damping: float, act_order: bool, name: str = "") 
     Raises:
         ValueError: a Hessian that is not square, has NaN or Inf, is 0, or is not positive definite under this damping:
             fewer independent inputs than features, which more damping or more calibration mends.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.spqr import factorize
+        >>> factor = factorize(torch.diag(torch.tensor([1.0, 3.0])), damping=0.0, act_order=True)
+        >>> factor.upper.shape, factor.perm
+        (torch.Size([2, 2]), tensor([1, 0]))
     """
     where = f"{name}: " if name else ""
     if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:

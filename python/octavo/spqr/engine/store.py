@@ -41,7 +41,7 @@ _TENSORS = (
 
 
 def fingerprint(model: nn.Module, config: SpQRConfig, calibration: Iterable[Any] | None) -> dict[str, Any]:
-    """What must be the same for layers on disk to be of use: settings, weights, calibration."""
+    """A record of what must be the same for layers on disk to be of use: settings, weights, calibration."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
