@@ -31,17 +31,17 @@ def _seed():
 def quantizations() -> Iterator[list[bool]]:
     """Whether each quantization of a weight transposed it."""
     calls: list[bool] = []
-    original = nn_switchback.quantize_weight
+    original = nn_switchback.switchback_weight
 
     def counted(weight: Tensor, variant: str, transpose: bool) -> Any:
         calls.append(transpose)
         return original(weight, variant, transpose)
 
-    nn_switchback.quantize_weight = counted
+    nn_switchback.switchback_weight = counted
     try:
         yield calls
     finally:
-        nn_switchback.quantize_weight = original
+        nn_switchback.switchback_weight = original
 
 
 def step(layer: nn.Module, x: Tensor) -> None:
