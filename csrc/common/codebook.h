@@ -49,7 +49,7 @@ struct DynamicMap {
 constexpr int kRegionExponent = 96;              // of region[0]
 constexpr uint32_t kLowestRotated = 104u << 24;  // 2^-23, below every threshold above 0
 constexpr float kDoubt =
-    0x1p-15f;  // the arithmetic is off by less than 2^-16 (tests/numeric.cpp tries every threshold)
+    0x1p-15f;  // the arithmetic is off by less than 2^-16 (tests/cpp/numeric.cpp tries every threshold)
 constexpr uint32_t kCorrectionZero = 8;
 
 namespace codebook_detail {
