@@ -7,8 +7,8 @@ import hashlib
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_same
-from conftest import Ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from octavo import reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_close, assert_same
-from conftest import Ops
 from octavo import reference
 from octavo.bench.cases import EMPTY_GEMM_SHAPES, GEMM_TEST_SHAPES, Shape
 from torch import Tensor

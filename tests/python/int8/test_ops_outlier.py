@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_same, special_rows
-from conftest import Ops
 from octavo import reference
 from octavo.bench.cases import QUANTIZE_TEST_SHAPES
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_same, assert_scheme, special_rows
-from conftest import Ops
 from octavo import reference
 from octavo.bench.cases import QUANTIZE_TEST_SHAPES
 

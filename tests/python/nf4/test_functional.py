@@ -8,8 +8,8 @@ from typing import Any
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS
-from conftest import Ops
 from octavo import reference
 from octavo.nf4 import NF4Weight
 from torch import Tensor

@@ -9,8 +9,8 @@ from typing import Any
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_bits, special_rows
-from conftest import Ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from octavo import reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_bits
-from conftest import Ops
 from octavo import reference
 from octavo.nf4.ops import BITS
 from torch import Tensor

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_same
-from conftest import Ops
 from octavo import reference
 from octavo.blockwise import maps as reference_states
 from octavo.optim.reference import HYPER, STATES, SUMS

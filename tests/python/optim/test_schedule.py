@@ -14,7 +14,7 @@ from typing import Any
 import octavo
 import pytest
 import torch
-from conftest import Ops
+from backends import Ops
 from octavo import optim
 from octavo.optim import _paging, _schedule
 from octavo.optim._schedule import Op, pack, plan, run, schedule

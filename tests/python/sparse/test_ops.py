@@ -7,8 +7,8 @@ import math
 import octavo
 import pytest
 import torch
+from backends import Ops
 from compare import FLOATS, assert_close
-from conftest import Ops
 from octavo import reference
 from octavo.bench.cases import CSR_TEST_SHAPES
 from torch import Tensor

@@ -7,7 +7,7 @@ from typing import Any
 import octavo
 import pytest
 import torch
-from conftest import Ops
+from backends import Ops
 from octavo import reference
 from octavo.spqr import SpQRWeight, packing
 from spqr_weights import random_weight
