@@ -81,6 +81,12 @@ class LowBitLinear(FrozenBuffers):
 
     # ---- the weight --------------------------------------------------------------------------------------------------
 
+    @property
+    def qweight(self) -> Tensor:
+        """The tensor without which there is no weight: PEFT looks at its device."""
+        found: Tensor = getattr(self, self.key)
+        return found
+
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [n, k], rounded once to `dtype`."""
         raise NotImplementedError(f"{type(self).__name__} does not dequantize")

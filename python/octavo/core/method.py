@@ -208,6 +208,7 @@ class Method(ABC):
         widest: the largest in_features of a layer; wider ones are left alone. None for no limit.
         needs_calibration: whether it runs the model on data.
         in_stream: whether one weight is enough to make one layer, so that a checkpoint is quantized while it is read.
+            The layer then has a tensor "weight": transformers finds it by the name in the checkpoint.
         for_training: settings of a base for adapters, where they are not given.
         residual: whether adapters on it begin with what quantization lost, unless they are told not to.
         showcase: rows of the demo.
@@ -338,7 +339,7 @@ def register(name: str) -> Callable[[_Class], _Class]:
     """Add a method to the registry under `name`.
 
     Raises:
-        ValueError: there is a method or alias of this name.
+        ValueError: there is a method or alias of this name; one that is `in_stream`, with a layer without "weight".
 
     Example:
         >>> from octavo.core.method import Method, register
@@ -350,6 +351,9 @@ def register(name: str) -> Callable[[_Class], _Class]:
     """
 
     def add(cls: _Class) -> _Class:
+        if cls.in_stream and "weight" not in cls.layer.tensors:
+            tensors = ", ".join(cls.layer.tensors)
+            raise ValueError(f"{name} is in_stream: one tensor of its layer must be called weight, not {tensors}")
         for taken in (name, *cls.aliases):
             if taken in UNQUANTIZED or taken in _methods or any(taken in m.aliases for m in _methods.values()):
                 raise ValueError(f"there is a method {taken!r} already")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,8 +14,10 @@ from ..core.checks import is_number
 from ..int8.method import Int8
 from ..nf4.linear import NF4Linear
 from ..nf4.method import NF4
-from .bitsandbytes import Checkpoint
 from .transformers import SAFETENSORS_DTYPES, OctavoConfig, mark_quantized
+
+if TYPE_CHECKING:
+    from .bitsandbytes import Checkpoint
 
 
 class _InMemory(OctavoConfig):

@@ -158,7 +158,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in _quantized_layers(model):
-            if not self.pre_quantized and layer.weight.is_meta:
+            if not self.pre_quantized and layer.qweight.is_meta:
                 _offload_codes(layer, name, self.get_quantize_ops())
             errors = layer.errors(layer.state_dict(), layer.configuration())
             if errors:

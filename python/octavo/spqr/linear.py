@@ -200,11 +200,6 @@ class SpQRLinear(LowBitLinear):
         return SpQRWeight(self.out_features, self.in_features, *self.options, **tensors)
 
     @property
-    def qweight(self) -> Tensor:
-        """codes, by the name under which PEFT looks for the device of a quantized layer."""
-        return self.codes
-
-    @property
     def nominal_bits(self) -> float:
         """Bits per weight by the paper's formula: see `SpQRWeight.nominal_bits`."""
         return self.packed_weight.nominal_bits

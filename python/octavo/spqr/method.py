@@ -92,7 +92,8 @@ class _Settings(MethodSettings):
 
     def to_dict(self) -> dict[str, Any]:
         more = {"samples": self.samples, "context": self.context, "simulate": self.simulate}
-        return {**self.quantizer().to_dict(), **more}
+        found = {**self.quantizer().to_dict(), **more}
+        return {name: None if value == math.inf else value for name, value in found.items()}  # JSON has no inf
 
 
 class _Calibrated(Method):

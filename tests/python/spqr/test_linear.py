@@ -121,7 +121,7 @@ def test_the_backward_pass_dequantizes_once_and_holds_nothing_more():
     x = torch.randn(8, 512, dtype=torch.bfloat16, requires_grad=True)
     with Watch():
         octavo.spqr_matmul(x, weight).sum().backward()
-    assert large == [("octavo.ops.spqr_dequantize.default", 2 * 256 * 512)]
+    assert large == [("octavo.spqr_dequantize.default", 2 * 256 * 512)]
 
 
 def test_autocast():
