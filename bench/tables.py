@@ -30,6 +30,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         ValueError: a row that has not as many cells as there are columns.
 
     Example:
+        >>> from octavo.bench.tables import table
         >>> print(table(["method", "ms"], [["octavo", 1.5], ["none", None]]))
         | method | ms |
         |---|---|

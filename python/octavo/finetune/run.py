@@ -20,7 +20,8 @@ from .._version import __version__
 from ..analyze.plots import need_matplotlib
 from ..core.low_bit import LowBitLinear
 from ..core.machine import describe_machine
-from ..lora.adapters import add_lora, linear_layers, load_adapter, save_adapter
+from ..lora.adapters import add_lora, load_adapter, save_adapter
+from ..lora.layers import linear_layers
 from ..models import evaluate
 from ..models.quantize import quantize_model
 from . import curve, memory, residual

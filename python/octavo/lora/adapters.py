@@ -15,46 +15,12 @@ from torch import Tensor, nn
 from ..core.checks import device_of
 from ..core.low_bit import LowBitLinear
 from ..core.stored import new_directory
-from ..core.targets import SKIP, choose, hints, put, read_by_torch
+from ..core.targets import SKIP, choose, hints, put
 from . import peft_format
+from .layers import Names, adapted_layers, linear_layers, unwrapped
 from .linear import LoRAConfig, LoRALinear, check_adapter_name, check_dtype, new_adapter
 
-_Names = dict[nn.Module, list[str]]  # every layer, with all names that it has in the model
-
-
 # ---- the layers of a model -------------------------------------------------------------------------------------------
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's module and DistributedDataParallel: its names are those in files."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def linear_layers(model: nn.Module) -> _Names:
-    """`LoRALinear` layers, and linear layers that can become such."""
-    fused = read_by_torch(model)
-    inner = {id(module) for layer in model.modules() if isinstance(layer, LoRALinear) for module in layer.modules()}
-    found: _Names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        is_bare = type(module) is nn.Linear or isinstance(module, LowBitLinear)
-        if isinstance(module, LoRALinear) or (is_bare and id(module) not in inner | fused):
-            found.setdefault(module, []).append(name)
-    return found
-
-
-def adapted_layers(model: nn.Module) -> dict[LoRALinear, list[str]]:
-    found = {layer: names for layer, names in linear_layers(model).items() if isinstance(layer, LoRALinear)}
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no adapters; octavo.add_lora or octavo.load_adapter gives it some"
-        )
-    return found
 
 
 def _refuse_merged(layers: Iterable[nn.Module], what: str) -> None:
@@ -164,7 +130,7 @@ def add_lora(
     return [layers[layer][0] for layer in chosen]
 
 
-def _choose(model: nn.Module, layers: _Names, include: Sequence[str] | None, exclude: Sequence[str]) -> list[nn.Module]:
+def _choose(model: nn.Module, layers: Names, include: Sequence[str] | None, exclude: Sequence[str]) -> list[nn.Module]:
     chosen, _ = choose(layers, include, exclude, f"linear layer of {type(model).__name__}")
     if not chosen:
         asked = f"include is {include}, exclude is {exclude}"
@@ -389,7 +355,7 @@ def load_adapter(
     return name
 
 
-def _fit(model: nn.Module, layers: _Names, saved: peft_format.SavedAdapter) -> dict[nn.Module, str]:
+def _fit(model: nn.Module, layers: Names, saved: peft_format.SavedAdapter) -> dict[nn.Module, str]:
     """The layer of the model for each layer of the adapter. ValueError unless they belong together."""
     where, kind = saved.path, _class_name(model)
     if saved.base_class is not None and saved.base_class != kind:

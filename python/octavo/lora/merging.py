@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .adapters import adapted_layers, linear_layers, list_adapters, unwrapped
+from .adapters import list_adapters
+from .layers import adapted_layers, linear_layers, unwrapped
 from .linear import LoRALinear, MergedLayer
 
 

@@ -22,19 +22,8 @@ from ._paged import (
     PagedStableAdamW,
     PagedStableAdamW8bit,
 )
-from ._rules import (
-    Adagrad8bit,
-    Adam8bit,
-    AdamW8bit,
-    AdEMAMix8bit,
-    LAMB8bit,
-    LARS8bit,
-    Lion8bit,
-    RMSprop8bit,
-    SGD8bit,
-    StableAdamW,
-    StableAdamW8bit,
-)
+from ._rules import Adagrad8bit, Adam8bit, AdamW8bit, AdEMAMix8bit, Lion8bit, RMSprop8bit, SGD8bit
+from ._rules_sums import LAMB8bit, LARS8bit, StableAdamW, StableAdamW8bit
 
 __all__ = [
     "AdEMAMix8bit",

@@ -6,18 +6,8 @@ Names are bitsandbytes': without 8bit, states are fp32, as in the QLoRA recipe.
 from __future__ import annotations
 
 from ._options import Options
-from ._rules import (
-    Adagrad8bit,
-    Adam8bit,
-    AdamW8bit,
-    AdEMAMix8bit,
-    LAMB8bit,
-    LARS8bit,
-    Lion8bit,
-    RMSprop8bit,
-    SGD8bit,
-    StableAdamW8bit,
-)
+from ._rules import Adagrad8bit, Adam8bit, AdamW8bit, AdEMAMix8bit, Lion8bit, RMSprop8bit, SGD8bit
+from ._rules_sums import LAMB8bit, LARS8bit, StableAdamW8bit
 
 _PAGED = Options(paged=True)
 _PAGED_32 = Options(paged=True, bits=32)

@@ -53,10 +53,11 @@ def put_on_grid(model):
 
 def test_the_row_that_a_grid_makes_exact_is_not_there():
     rows = quality.methods(16, 128)
-    settings = [(m.config.bits, m.config.group_size) for m in rows if m.config is not None]
+    configs = {m: m.settings.get("config") for m in rows}
+    settings = [(config.bits, config.group_size) for config in configs.values() if config is not None]
     assert (quality.GRID_BITS, quality.GRID_GROUP) not in settings
     assert {m.family for m in rows} == {"fp32", "NF4", "NF3", "FP4", "RTN", "GPTQ", "SpQR"}
-    assert all(bool(m.samples) == (m.config is not None and m.config.propagate) for m in rows)
+    assert all(bool(m.samples) == (config is not None and config.propagate) for m, config in configs.items())
     model = llama()
     put_on_grid(model)
     before = {name: layer.weight.clone() for name, layer in linears(model).items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import octavo.bench
 import pytest
 import torch
+from octavo import int8
 from octavo.bench import cases, common, limits, switchback
 from octavo.nn import SwitchBackLinear
 from rich.console import Console
@@ -41,8 +42,8 @@ def test_a_step_quantizes_the_weight_anew_and_has_all_gradients(monkeypatch: pyt
     switchback.training_step(plain, x, grad)
     want = x.grad, layer.weight.grad
     calls = []
-    original = octavo.ops.quantize_tensorwise_transpose
-    monkeypatch.setattr(octavo.ops, "quantize_tensorwise_transpose", lambda x: calls.append(x) or original(x))
+    original = int8.ops.quantize_tensorwise_transpose
+    monkeypatch.setattr(int8.ops, "quantize_tensorwise_transpose", lambda x: calls.append(x) or original(x))
     for _ in range(2):
         switchback.training_step(layer, x, grad)
     assert len(calls) == 2

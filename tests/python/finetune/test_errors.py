@@ -136,7 +136,6 @@ def test_errors_say_what_is_wrong_and_leave_nothing(files, tmp_path):
         (model, text, {}, "a/b", "a/b: there is no directory"),
         (model, text, {}, "file/out", "there is no directory"),
         (model, text, {}, "/proc/octavo", "cannot write /proc/octavo: No such file or directory"),
-        (model, text, {"method": "nf5"}, "out", "method 'nf5' is not one of nf4, fp4, int8, 16bit"),
         (
             model,
             text,
@@ -148,7 +147,7 @@ def test_errors_say_what_is_wrong_and_leave_nothing(files, tmp_path):
         (model, text, {"rank": 0}, "out", "rank must be an integer of 1 or more, got 0"),
         (model, text, {"alpha": -1.0}, "out", "alpha must be a positive number, got -1.0"),
         (model, text, {"init": "loftq"}, "out", "init 'loftq' is not one of residual, zero"),
-        (model, text, {"method": "int8", "init": "residual"}, "out", "init residual is of methods nf4 and fp4, not of"),
+        (model, text, {"method": "int8", "init": "residual"}, "out", "init residual is of methods nf4, fp4, not of"),
         (model, text, {"dropout": 1.0}, "out", "dropout must lie in [0, 1), got 1.0"),
         (model, text, {"lr": 0.0}, "out", "lr must be a positive number, got 0.0"),
         (model, text, {"lr": math.nan}, "out", "lr must be a positive number, got nan"),
@@ -184,9 +183,12 @@ def test_errors_say_what_is_wrong_and_leave_nothing(files, tmp_path):
         assert message in " ".join(result.output.split())
         assert result.output.count("octavo: error:") == 1
         assert contents(tmp_path) == before
+    result = cli(model, "--text", text, "--out", tmp_path / "out", "--method", "nf5")
+    assert result.exit_code == 2
+    assert "unknown method 'nf5' (did you mean nf4?); known: none, int8, nf4, fp4" in result.output
     result = cli(model, "--text", text, "--out", tmp_path / "out", "--method", "int8", "--no-double-quant")
     assert result.exit_code == 1
-    assert "double_quant is of methods nf4 and fp4, not of int8" in result.output
+    assert "--double-quant: int8 has no setting double_quant; it has threshold" in result.output
     assert contents(tmp_path) == before
 
 

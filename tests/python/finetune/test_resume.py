@@ -270,7 +270,7 @@ def test_resuming_another_run_is_refused(files, died, tmp_path):
     for model, text, changed, message in (
         (*here, {"lr": 1e-4}, r"settings \(lr 0.005 is now 0.0001\)"),
         (*here, {"rank": 8, "seed": 1}, r"settings \(rank 4 is now 8, seed 0 is now 1\)"),
-        (*here, {"double_quant": False}, r"its model, settings \(double_quant True is now False\)"),
+        (*here, {"quantization": {"double_quant": False}}, r"its model, settings \(double_quant True is now False\)"),
         (other, files / "text.txt", {}, "different are its model: use"),
         (files / "model", tmp_path / "text.txt", {}, "different are its data: use"),
     ):

@@ -142,8 +142,9 @@ def test_transformers_directories(kind, tmp_path):
     net = transformers.AutoModelForCausalLM.from_pretrained(old)
     tensors, hashes = expected(BEFORE / "transformers" / f"{kind}.safetensors")
     assert weights(net) == hashes and len(hashes) == 14
-    assert_same_output(run(net, torch.arange(12).reshape(2, 6)).logits, tensors["out"])
     net.save_pretrained(tmp_path / "again")
+    now = run(net, torch.arange(12).reshape(2, 6)).logits  # in bf16, and with sums in the order that memory suggests
+    torch.testing.assert_close(now, tensors["out"], rtol=2e-2, atol=2e-2)
     assert contents(tmp_path / "again" / "model.safetensors") == contents(old / "model.safetensors")
     was, now = (
         json.loads((path / "config.json").read_text())["quantization_config"] for path in (old, tmp_path / "again")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 
-import octavo
 import pytest
 import torch
 from octavo import nn, optim
+from octavo.optim import ops as optim_ops
 from torch import Tensor
 from training import give_gradients, one, parameters, train
 
@@ -423,7 +423,7 @@ def test_many_parameters_take_one_call_per_group(monkeypatch: pytest.MonkeyPatch
     params = parameters() + parameters(dtype=torch.bfloat16) + parameters(dtype=torch.float16)
     optimizer = optim.AdamW8bit([{"params": params[:7]}, {"params": params[7:]}])
     calls = []
-    step = octavo.ops.optim_step
-    monkeypatch.setattr(octavo.ops, "optim_step", lambda *a: (calls.append(len(a[0])), step(*a)))
+    step = optim_ops.optim_step
+    monkeypatch.setattr(optim_ops, "optim_step", lambda *a: (calls.append(len(a[0])), step(*a)))
     train(optimizer, params, 2)
     assert calls == [7, 8, 7, 8]
