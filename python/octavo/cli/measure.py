@@ -35,7 +35,7 @@ def measure(
     tokenizer = models.load_tokenizer(source)
     ids = evaluate.windows(models.tokens_of(tokenizer, text), context, limit)
     of_torch = None if dtype is None else getattr(torch, dtype)
-    network = models.load_base(source, method, of_torch, calibration=calibration, **(settings or {}))
+    network = models.load_base(source, method, of_torch, calibration=calibration, training=False, **(settings or {}))
     models.check_context(network, context, model)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -69,9 +69,11 @@ def method_options(
         training: show the defaults of bases to train on.
         method_from_adapter: without a method the command finds one, and checks the settings itself.
     """
-    options = {name: entries for name, entries in _settings().items() if name not in without}
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        taken = {*without, *inspect.signature(command).parameters}
+        options = {name: entries for name, entries in _settings().items() if name not in taken}
+
         @functools.wraps(command)
         def wrapped(**arguments: Any) -> Any:
             given = {name: value for name in options if (value := arguments.pop(name)) is not None}
@@ -109,7 +111,10 @@ def check_settings(name: str | None, given: Mapping[str, Any]) -> None:
     try:
         method.check_names(given)
     except ValueError as error:
-        raise ValueError(f"{', '.join(foreign)}: {error}") from None
+        having = dict.fromkeys(m.name for key in given for m, _ in _settings()[key])
+        raise ValueError(
+            f"{', '.join(foreign)}: {error}; {', '.join(flags.values())}: for {', '.join(having)}"
+        ) from None
     try:
         method.settings(settings)
     except ValueError as error:
@@ -169,7 +174,10 @@ def _parameter(name: str, entries: list[tuple[Method, dataclasses.Field[Any]]], 
     shown: Any = known.shown or (False if default is None else str(default))
     if kind is bool:
         shown = "on" if default else "off"
-    range_of: dict[str, Any] = {"min": known.least, "max": known.most} if kind in (int, float) else {}
+    range_of: dict[str, Any] = {}
+    if kind in (int, float):  # where methods differ, the widest range; the method's own settings check their value
+        least, most = ([getattr(about(e), end) for _, e in entries] for end in ("least", "most"))
+        range_of = {"min": None if None in least else min(least), "max": None if None in most else max(most)}
     described = typer.Option(declared, help=help, show_default=shown, metavar=known.metavar, **range_of)
     annotation = Annotated[kind | None, described]  # type: ignore[valid-type]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -117,7 +117,8 @@ class MethodSettings:
     """The settings of a method: a frozen dataclass whose fields are made by `option`.
 
     Raises:
-        ValueError: a value that the field's choices, range or type do not have.
+        ValueError: a value that the field's choices do not have, or that is not True or False where it must be one.
+            Ranges are those of the command line: `check` has the others.
 
     Example:
         >>> from dataclasses import dataclass
@@ -157,7 +158,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class Trial:
-    """An example on which the contract of every method is tried: see ``tests/contract.py``.
+    """An example on which the contract of every method is tried: see ``tests/python/test_contract.py``.
 
     Attributes:
         model: makes the model, with at least two `torch.nn.Linear` layers to quantize.
@@ -248,8 +249,12 @@ class Method(ABC):
         Raises:
             ValueError: a setting that the method does not have, or a value that cannot be.
         """
+        own, known = self.setting_names(), _switches()
+        # None is not given, nor is a switch of another method that is off.
+        idle = [n for n, value in given.items() if value is None or (value is False and n not in own and n in known)]
+        given = {name: value for name, value in given.items() if name not in idle}
         self.check_names(given)
-        return self.Settings(**{name: value for name, value in given.items() if value is not None})
+        return self.Settings(**given)
 
     def check_names(self, given: Iterable[str], what: str = "setting", known: Sequence[str] | None = None) -> None:
         """ValueError for a name that is not of a setting: the one wording of this mistake."""
@@ -354,11 +359,22 @@ def register(name: str) -> Callable[[_Class], _Class]:
         if cls.in_stream and "weight" not in cls.layer.tensors:
             tensors = ", ".join(cls.layer.tensors)
             raise ValueError(f"{name} is in_stream: one tensor of its layer must be called weight, not {tensors}")
-        for taken in (name, *cls.aliases):
-            if taken in UNQUANTIZED or taken in _methods or any(taken in m.aliases for m in _methods.values()):
+        names = (name, *cls.aliases)
+        for taken in names:
+            known = taken in _methods or any(taken in m.aliases for m in _methods.values())
+            if known or taken in (*UNQUANTIZED, "mixed") or names.count(taken) > 1:
                 raise ValueError(f"there is a method {taken!r} already")
+        settings = getattr(cls, "Settings", None)
+        if not (isinstance(settings, type) and issubclass(settings, MethodSettings)):
+            raise ValueError(f"{name} must have a class Settings, a MethodSettings, got {settings!r}")
+        for entry in dataclasses.fields(settings):
+            if _OPTION not in entry.metadata or entry.name in ("model", "method", "skip", "calibration", "progress"):
+                raise ValueError(f"{name}: the setting {entry.name} must be made by option, and be no argument of all")
+        stored = cls.stored or name
+        if (taken := cls.layer.__dict__.get("stored_as", "")) not in ("", stored):
+            raise ValueError(f"{name}: files call {cls.layer.__name__} {taken!r} already; set stored to that")
         cls.name = name
-        cls.stored = cls.stored or name
+        cls.stored = stored
         if cls.stored == name:
             cls.layer.stored_as = name
         _methods[name] = cls()
@@ -411,6 +427,8 @@ def find_method(name: str, given: Mapping[str, Any] | None = None) -> tuple[Meth
         ('nf4', {'quant_type': 'fp4', 'blocksize': 128})
     """
     given = dict(given or {})
+    if not isinstance(name, str):
+        raise ValueError(unknown_method(name))
     for method in methods().values():
         if name == method.name:
             return method, given
@@ -435,6 +453,12 @@ def unknown_method(name: object, unquantized: bool = False) -> str:
     close = difflib.get_close_matches(str(name), known, 1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     return f"unknown method {name!r}{hint}; known: {', '.join(known)}"
+
+
+def _switches() -> set[str]:
+    """The names of settings that are True or False, over all methods."""
+    fields = (entry for method in _methods.values() for entry in dataclasses.fields(method.Settings))
+    return {entry.name for entry in fields if isinstance(entry.default, bool)}
 
 
 def is_unquantized(name: str) -> bool:

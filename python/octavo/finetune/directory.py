@@ -94,7 +94,7 @@ class RunDirectory:
         if not (self.path / MANIFEST).exists():
             self.write_manifest({"format": FORMAT, **mark, "finished": False, **about})
 
-    def check(self, mark: _Mark) -> None:
+    def check(self, mark: _Mark, defaults: Mapping[str, Any] | None = None) -> None:
         """ValueError if there is the manifest of another run; the message says what differs."""
         if not (self.path / MANIFEST).exists():
             return
@@ -103,7 +103,11 @@ class RunDirectory:
         was, now = found.get("settings"), mark["settings"]
         if not isinstance(was, dict):
             different.append("settings")
-        elif changed := [f"{key} {was.get(key)!r} is now {now[key]!r}" for key in now if was.get(key) != now[key]]:
+        elif changed := [
+            f"{key} {old!r} is now {now[key]!r}"
+            for key in now
+            if (old := was.get(key, (defaults or {}).get(key))) != now[key]
+        ]:
             different.append(f"settings ({', '.join(changed)})")
         if different:
             raise ValueError(

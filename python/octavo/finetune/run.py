@@ -167,7 +167,7 @@ def finetune(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             trainer = _Trainer(os.fspath(model), source, data, settings, device, run, watcher)
             about = {"model_name": trainer.name, "text": os.fspath(text), **_versions(device)}
-            run.check(trainer.mark)
+            run.check(trainer.mark, settings.binding_defaults())
             trainer.prepare(run.latest() if resume else None)
             run.begin(trainer.mark, about)
             return trainer.train(stop)

@@ -72,7 +72,7 @@ class Settings:
     """
 
     method: str = "nf4"
-    quantization: Mapping[str, Any] = field(default_factory=dict)
+    quantization: Mapping[str, Any] = field(default_factory=dict, hash=False)
     calibration: str | None = None
     rank: int = 16
     alpha: float = 16.0
@@ -150,6 +150,8 @@ class Settings:
         """The method and the settings that the base is quantized with; None where it is not."""
         if is_unquantized(self.method):
             return None
+        if not isinstance(self.quantization, Mapping):
+            raise ValueError(f"quantization must be settings by name, got {self.quantization!r}")
         given = {name: value for name, value in self.quantization.items() if value is not None}
         method, given = find_method(self.method, given)
         return method, {**method.for_training, **given}
@@ -221,14 +223,24 @@ class Settings:
         if (base := self.base) is None:
             found["method"] = UNQUANTIZED[1]
         else:
-            method, given = base
-            fixed = method.aliases.get(self.method, {})
-            found |= {name: _plain(value) for name, value in given.items() if name not in fixed}
+            found |= _recorded(self.method, *base)
             if self.calibration is not None:
                 found["calibration"] = self.calibration
         found["init"] = "residual" if self.from_residual else "zero"
         found["device"] = self.chosen_device().type
         return found
+
+    def binding_defaults(self) -> dict[str, Any]:
+        """What a run of an earlier octavo had for settings that it did not write down."""
+        if (base := self.base) is None:
+            return {}
+        return _recorded(self.method, base[0], base[0].for_training)
+
+
+def _recorded(name: str, method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of the base, without those that the method's name stands for."""
+    settings, fixed = method.settings(given), method.aliases.get(name, {})
+    return {key: _plain(getattr(settings, key)) for key in method.setting_names() if key not in fixed}
 
 
 def _plain(value: Any) -> Any:

@@ -138,16 +138,23 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        layers = _layers_to_quantize(model, config.skip, self._method.widest)
-        if not layers:
-            raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize (skip is {config.skip})")
         headers = _headers_of(config, checkpoint_files or ()) if self.pre_quantized else {}
+        # Of a checkpoint the tensors say which layers are quantized; `skip` may have meant fewer when it was written.
+        patterns = () if headers else config.skip
+        layers = _layers_to_quantize(model, patterns, self._method.widest)
         leaves = tuple(dict.fromkeys((self._method.layer.key, "weight")))
+        replaced = 0
         for name, linear in layers.items():
-            stored = _stored_name(name, model.base_model_prefix, leaves, headers) if headers else None
+            left = bool(headers) and any(matches((name,), pattern) for pattern in config.skip)
+            stored = _stored_name(name, model.base_model_prefix, leaves, headers, left) if headers else None
+            if left and (stored is None or _recognized(stored, self._method, headers) is None):
+                continue
             new = _new_layer(linear, stored, config, headers)
+            replaced += 1
             if new is not None:
                 model.set_submodule(name, new.train(linear.training))
+        if not replaced:
+            raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize (skip is {config.skip})")
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         owner, _, leaf = param_name.rpartition(".")
@@ -283,11 +290,15 @@ def _read_headers(files: Sequence[str]) -> _Headers:
     return headers
 
 
-def _stored_name(name: str, prefix: str, leaves: Sequence[str], headers: _Headers) -> str:
+def _stored_name(
+    name: str, prefix: str, leaves: Sequence[str], headers: _Headers, may_lack: bool = False
+) -> str | None:
     """A layer's name in the checkpoint: a base model's may be read into a model with a head, or the other way round."""
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
         if any(f"{candidate}.{leaf}" in headers for leaf in leaves):
             return candidate
+    if may_lack:
+        return None
     raise ValueError(f"the checkpoint has no {' or '.join(f'{name}.{leaf}' for leaf in leaves)}")
 
 
@@ -321,6 +332,11 @@ def _stored_method(stored: str, method: Method, config: OctavoConfig, headers: _
     beside it, all layers are of the method."""
     if not method.beside and not hasattr(config, "headers"):
         return method.name
+    return _recognized(stored, method, headers)
+
+
+def _recognized(stored: str, method: Method, headers: _Headers) -> str | None:
+    """The method whose layer the checkpoint's tensors are: the checkpoint's own, or one beside it; None for neither."""
     names = (method.name, *method.beside)
     leaves = {leaf for name in names for leaf in layer_class(name).tensors}
     dtypes = {leaf: tensor.dtype for leaf, tensor in _stored_state(stored, leaves, headers).items()}

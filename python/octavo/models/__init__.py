@@ -1,5 +1,6 @@
 """Whole models: quantized, saved and loaded, read from where users have them, and judged."""
 
+from . import evaluate
 from .quantize import quantize_model
 from .saved import load_quantized, save_quantized
 from .sources import (
@@ -22,6 +23,7 @@ __all__ = [
     "Source",
     "check_context",
     "check_unquantized",
+    "evaluate",
     "find_source",
     "load_base",
     "load_model",

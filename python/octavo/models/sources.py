@@ -374,6 +374,7 @@ def load_base(
     calibration: str | os.PathLike[str] | None = None,
     progress: bool = False,
     tokenizer: Any = None,
+    training: bool = True,
     **settings: Any,
 ) -> Any:
     """The causal language model at `source`, quantized by `method` unless that is "none".
@@ -388,6 +389,7 @@ def load_base(
         dtype: of what is not quantized; None for the one that it is stored in.
         calibration, progress, settings: as of `octavo.quantize_model`.
         tokenizer: the model's, for a text to calibrate on; None: it is read where it is needed.
+        training: take what the method has for training for settings that are not given; else the method's defaults.
 
     Raises:
         ModelError: it cannot be read, or is quantized already and `method` is not "none".
@@ -408,7 +410,10 @@ def load_base(
         made = f"{source.path} is quantized already ({source.quantization})"
         raise ModelError(f"{made}; leave --method out, or give the model that it was made from")
     found, given = find_method(method, settings)
-    given = {**found.for_training, **{name: value for name, value in given.items() if value is not None}}
+    given = {
+        **(found.for_training if training else {}),
+        **{name: value for name, value in given.items() if value is not None},
+    }
     chosen = found.settings(given)
     found.check_calibration(chosen, calibration)
     if found.in_stream and source.kind == "transformers":

@@ -165,6 +165,9 @@ class _Calibrated(Method):
         config = settings.quantizer()
         return {name: getattr(config, name) for name in SpQROptions._fields}
 
+    def settings_of(self, description: str) -> dict[str, Any] | None:
+        return None  # an adapter's file does not say with which settings and data
+
     def trial(self) -> Trial:
         plain = super().trial()
 

@@ -132,3 +132,17 @@ def test_no_test_imports_another():
             bad = [name for name in names if name.rpartition(".")[2].startswith("test_") or "conftest" in name]
             found += [f"{path.name}:{node.lineno} imports {name}" for name in bad]
     assert not found, listed("tests that import tests:", found)
+
+
+def test_modules_of_before_are_found_and_say_where_they_are():
+    import importlib
+
+    from octavo.core import moved
+
+    for old, new in moved.MODULES.items():
+        pytest.importorskip("transformers")
+        sys.modules.pop(f"octavo.{old}", None)
+        with pytest.warns(DeprecationWarning, match=f"octavo.{old} is octavo.{new} now"):
+            module = importlib.import_module(f"octavo.{old}")
+        names = [name for name in vars(importlib.import_module(f"octavo.{new}")) if not name.startswith("__")]
+        assert all(hasattr(module, name) for name in names)

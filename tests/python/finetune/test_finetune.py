@@ -286,3 +286,10 @@ def test_the_method_of_a_run_is_part_of_it(files, tmp_path):
     with pytest.raises(ValueError, match=r"settings \(bits 4 is now 3\)"):
         train(files, tmp_path / "out", other, resume=True)
     assert train(files, tmp_path / "out", how, resume=True).finished
+
+
+def test_defaults_that_are_spelled_out_are_the_same_run():
+    plain, spelled = settings(), settings(quantization={"blocksize": 64, "double_quant": True})
+    assert plain.binding() == spelled.binding()
+    assert settings(method="int8").binding() != settings(method="int8", quantization={"threshold": 2.0}).binding()
+    assert plain.binding_defaults().items() <= plain.binding().items()

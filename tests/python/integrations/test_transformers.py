@@ -70,6 +70,14 @@ def test_saved_directory_loads_by_itself(source, tmp_path):
     }
 
 
+def test_tensors_say_which_layers_of_a_checkpoint_are_quantized(saved):
+    """A skip that was written when patterns meant less, "mlp" no more than a layer of that name, leaves nothing out."""
+    config = json.loads((saved / "config.json").read_text())
+    config["quantization_config"]["skip"] = ["lm_head", "mlp", "layers"]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert len(layers(Auto.from_pretrained(saved))) == 14
+
+
 def test_shards_in_and_out(tmp_path):
     make().save_pretrained(tmp_path / "source", max_shard_size="40KB")
     assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3

@@ -385,3 +385,10 @@ def test_encoder_layers_keep_what_their_fast_path_reads():
 def test_a_name_to_skip_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match=r"skip names no .* nosuch"):
         octavo.quantize_model(nn.Sequential(nn.Linear(4, 4)), skip=("nosuch",), progress=False)
+
+
+def test_what_is_not_given_is_of_no_method(model):
+    """None, and a switch of another method that is off, as a wrapper passes them on."""
+    octavo.quantize_model(model, "int8", progress=False, bits=None, double_quant=False, simulate=False)
+    with pytest.raises(ValueError, match="unknown method 3"):
+        octavo.quantize_model(model, 3)
