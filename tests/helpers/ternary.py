@@ -32,6 +32,10 @@ class TernaryLinear(LowBitLinear):
         scale = (weight.float() * codes).sum(1) / codes.abs().sum(1).clamp(min=1)
         return {"weight": codes.to(torch.int8), "scale": scale}
 
+    @property
+    def nominal_bits(self):
+        return 8.0  # an int8 holds a code
+
     def _dequantized(self, dtype):
         return (self.weight.float() * self.scale[:, None]).to(dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -32,12 +33,12 @@ class FrozenBuffers(nn.Module):
         return self
 
 
-class LowBitLinear(FrozenBuffers):
+class LowBitLinear(FrozenBuffers, ABC):
     """A linear layer whose weight is stored in few bits: what all such layers do alike.
 
-    A subclass names its tensors and the fields of its configuration, and writes `forward`, `_dequantized` and
-    `tensor_errors`. The configuration is what `octavo.json` has of a layer, and is enough, with the tensors, to make
-    it anew.
+    A subclass names its tensors and the fields of its configuration, and writes `forward`, `_dequantized`,
+    `nominal_bits`, `from_configuration` and `tensor_errors`; without one of them it cannot be made. The
+    configuration is what `octavo.json` has of a layer, and is enough, with the tensors, to make it anew.
 
     Attributes:
         in_features, out_features: k and n.
@@ -87,9 +88,9 @@ class LowBitLinear(FrozenBuffers):
         found: Tensor = getattr(self, self.key)
         return found
 
+    @abstractmethod
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [n, k], rounded once to `dtype`."""
-        raise NotImplementedError(f"{type(self).__name__} does not dequantize")
 
     def float_dtype(self) -> torch.dtype:
         """The dtype of the unquantized layer: by default that of the bias, or the default dtype where there is none."""
@@ -120,9 +121,9 @@ class LowBitLinear(FrozenBuffers):
         )
 
     @property
+    @abstractmethod
     def nominal_bits(self) -> float:
         """Bits per weight by the paper's formula."""
-        raise NotImplementedError(f"{type(self).__name__} has no count of bits")
 
     @property
     def real_bits(self) -> float:
@@ -149,13 +150,13 @@ class LowBitLinear(FrozenBuffers):
         return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
 
     @classmethod
+    @abstractmethod
     def from_configuration(cls, config: Mapping[str, Any], dtype: torch.dtype | None) -> LowBitLinear:
         """A module on the meta device, its weight all zeros; dtype is its bias's.
 
         Raises:
             ValueError: numbers that cannot be.
         """
-        raise NotImplementedError(f"{cls.__name__} is not made from a configuration")
 
     @classmethod
     def check_configuration(cls, config: Mapping[str, Any]) -> None:
@@ -171,12 +172,12 @@ class LowBitLinear(FrozenBuffers):
         return {name for name in (*cls.tensors, "bias") if name not in asked or config[asked[name]]}
 
     @classmethod
+    @abstractmethod
     def tensor_errors(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
         """List the errors of a module's tensors, one line each: missing, dtype, shape, values.
 
         Nothing is wrong with a state without any tensor of the weight.
         """
-        raise NotImplementedError(f"{cls.__name__} does not check its tensors")
 
     @classmethod
     def read_from(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -250,6 +250,8 @@ def register(name: str) -> Callable[[_Class], _Class]:
         if cls.in_stream and "weight" not in cls.layer.tensors:
             tensors = ", ".join(cls.layer.tensors)
             raise ValueError(f"{name} is in_stream: one tensor of its layer must be called weight, not {tensors}")
+        if cls.in_stream and cls.quantize_stored is Method.quantize_stored:
+            raise ValueError(f"{name} is in_stream and must write quantize_stored")
         names = (name, *cls.aliases)
         for taken in names:
             known = taken in _methods or any(taken in m.aliases for m in _methods.values())
