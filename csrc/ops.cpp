@@ -105,6 +105,10 @@ STABLE_TORCH_LIBRARY(octavo, m) {
   define_ops(m);
 }
 
+STABLE_TORCH_LIBRARY(octavo_checks, m) {  // same schemas, nothing but the checks: see common/op.h
+  define_ops(m);
+}
+
 void cpu::parallel_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }

@@ -88,10 +88,10 @@ void register_ops(Library& m) {
   m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise<B>));
 }
 
-#define BLOCKWISE_BACKEND(Name, ns)                                  \
+#define BLOCKWISE_BACKEND(Name, OF)                                  \
   struct Name {                                                      \
-    static constexpr auto quantize_blocks = ns::quantize_blocks;     \
-    static constexpr auto dequantize_blocks = ns::dequantize_blocks; \
+    static constexpr auto quantize_blocks = OF(quantize_blocks);     \
+    static constexpr auto dequantize_blocks = OF(dequantize_blocks); \
   };
 OCTAVO_REGISTER(register_ops, BLOCKWISE_BACKEND)
 

@@ -72,17 +72,16 @@ struct Codec<V, kSigned, false> {
   }
 };
 
-// state_value, state_code and state_code_dithered of common/codebook.h.
+// state_value and state_code of common/codebook.h.
 template <class V, bool kOneLane = V::kWidth == 1>
 struct StateCodec {
   float moment(const uint8_t* code, int = 1) const { return state_value(kSignedMap, *code); }
   float root(const uint8_t* code, int = 1) const { return state_value(kUnsignedMap, *code); }
-  void store_moment(uint8_t* code, float v, int = 1) const { *code = static_cast<uint8_t>(state_code(kSignedMap, v)); }
   void store_moment(uint8_t* code, float v, float dither, int = 1) const {
-    *code = static_cast<uint8_t>(state_code_dithered(kSignedMap, v, dither));
+    *code = static_cast<uint8_t>(state_code(kSignedMap, v, dither));
   }
   void store_root(uint8_t* code, float v, float dither, int = 1) const {
-    *code = static_cast<uint8_t>(state_code_dithered(kUnsignedMap, v, dither));
+    *code = static_cast<uint8_t>(state_code(kUnsignedMap, v, dither));
   }
   static float dither(uint32_t first) { return dither_of(first); }
 };
@@ -92,17 +91,15 @@ struct StateCodec<V, false> {
   using F = typename V::F;
   using U = typename V::U;
 
-  // step and base of a map, and where levels begin: between codes (nearest), or at the edges of decades (dithered).
   struct Tables {
-    typename V::Table8 step, base, slope, offset, last;
+    typename V::Table8 step, base, slope, offset;
     typename V::Table32 region;
-    Tables(const DynamicMap& map, bool dithered)
+    explicit Tables(const DynamicMap& map)
         : step(V::table8(map.step)),
           base(V::table8(map.base)),
-          slope(V::table8(dithered ? map.edge_slope : map.slope)),
-          offset(V::table8(dithered ? map.edge_offset : map.offset)),
-          last(V::table8(map.last)),
-          region(V::table32(dithered ? map.edge_region : map.region)) {}
+          slope(V::table8(map.edge_slope)),
+          offset(V::table8(map.edge_offset)),
+          region(V::table32(map.edge_region)) {}
 
     U decade(F v) const {
       const U bits = V::bits(v), rotated = V::max_bits(V::add_bits(bits, bits), V::set_bits(kLowestRotated));
@@ -110,7 +107,7 @@ struct StateCodec<V, false> {
       return V::template shift_right<24>(V::add_bits(rotated, where));
     }
   };
-  const Tables moments{kSignedMap, false}, slow_moments{kSignedMap, true}, roots{kUnsignedMap, true};
+  const Tables moments{kSignedMap}, roots{kUnsignedMap};
 
   // Of the elements from `first` on, the key and their number times kDitherStep.
   static F dither(uint32_t first) {
@@ -129,15 +126,9 @@ struct StateCodec<V, false> {
     const U d = V::template shift_right<23>(V::bits(x));
     return V::fma(x, V::lookup(roots.step, d), V::lookup(roots.base, d));
   }
-  void store_moment(uint8_t* codes, F v, int n = V::kWidth) const {
-    const U d = moments.decade(v);
-    const F offset = V::with_sign_of(V::lookup(moments.offset, d), v);
-    const F exact = V::fma(v, V::lookup(moments.slope, d), offset);
-    V::store_signed_codes(codes, V::to_integer(V::smaller_magnitude(exact, V::lookup(moments.last, d))), n);
-  }
   void store_moment(uint8_t* codes, F v, F dither, int n = V::kWidth) const {
-    const U d = slow_moments.decade(v);
-    const F exact = V::fma(V::abs(v), V::lookup(slow_moments.slope, d), V::lookup(slow_moments.offset, d));
+    const U d = moments.decade(v);
+    const F exact = V::fma(V::abs(v), V::lookup(moments.slope, d), V::lookup(moments.offset, d));
     const F level = V::min(V::round(V::add(exact, dither)), V::set(128.0f));
     V::store_signed_codes(codes, V::to_integer(V::times_sign_of(level, v)), n);
   }

@@ -108,26 +108,25 @@ __device__ __forceinline__ void encode_codes(const EncodeTable& table, const flo
   }
 }
 
-// ---- optimizer states: state_value, state_code and state_code_dithered of codebook.h ----
+// ---- optimizer states: state_value and state_code of codebook.h ----
 
 constexpr int kRegionBits = 23;  // a float is not rotated here: its exponent starts at bit 23
 
 struct StateTable {
   float2 value[16];     // step and base, by exponent: signed & 7, unsigned - 127
   uint32_t region[32];  // half of DynamicMap's
-  float4 line[8];       // slope, offset, last, unused
+  float2 line[8];       // slope and offset
 };
 
-__device__ inline void fill_table(StateTable& table, const DynamicMap& map, bool dithered) {
+__device__ inline void fill_table(StateTable& table, const DynamicMap& map) {
   for (unsigned i = threadIdx.x; i < 16; i += blockDim.x) {
     const unsigned d = (map.is_signed ? i : i + 127) & 7;
     table.value[i] = make_float2(map.step[d], map.base[d]);
   }
   for (unsigned i = threadIdx.x; i < 32; i += blockDim.x)
-    table.region[i] = static_cast<uint32_t>(static_cast<int32_t>(dithered ? map.edge_region[i] : map.region[i]) >> 1);
+    table.region[i] = static_cast<uint32_t>(static_cast<int32_t>(map.edge_region[i]) >> 1);
   for (unsigned i = threadIdx.x; i < 8; i += blockDim.x)
-    table.line[i] = dithered ? make_float4(map.edge_slope[i], map.edge_offset[i], 0.0f, 0.0f)
-                             : make_float4(map.slope[i], map.offset[i], map.last[i], 0.0f);
+    table.line[i] = make_float2(map.edge_slope[i], map.edge_offset[i]);
 }
 
 // The value of byte `byte` (a constant after unrolling) of four codes.
@@ -150,20 +149,18 @@ __device__ __forceinline__ float dither_from(uint32_t random) {
   return fmaf(bits_float(__funnelshift_r(random, 0x3f800000u >> 23, 9)), kDitherScale, -1.5f * kDitherScale);
 }
 
-// The codes of N values v, four in a word. v: finite, at most 1 in magnitude, up to rounding; unsigned: not below 0,
-// and always dithered. random[e]: what dither_of takes for element e, where kDithered.
-template <bool kSigned, bool kDithered, int N>
+// The codes of N values v, four in a word. v: finite, at most 1 in magnitude, up to rounding; unsigned: not below 0.
+// random[e]: what dither_of takes for element e.
+template <bool kSigned, int N>
 __device__ __forceinline__ void state_codes(const StateTable& table, const float (&v)[N], const uint32_t (&random)[N],
                                             uint32_t (&words)[N / 4]) {
-  static_assert(kSigned || kDithered);
   uint32_t code[N];
   UNROLL for (int e = 0; e < N; ++e) {
     const float a = kSigned ? fabsf(v[e]) : v[e];
     const uint32_t bits = float_bits(fmaxf(a, bits_float(kLowestRotated >> 1)));
-    const float4 line =
+    const float2 line =
         table.line[index_from<kRegionBits>(bits + table.region[index_from<kRegionBits>(bits) - kRegionExponent])];
-    float level = fmaf(a, line.x, line.y);
-    level = kDithered ? level + dither_from(random[e]) : fminf(level, line.z);
+    float level = fmaf(a, line.x, line.y) + dither_from(random[e]);
     if (kSigned) {
       level = bits_float(float_bits(level) ^ (float_bits(v[e]) & 0x80000000u)) + kRounder;
       code[e] = float_bits(level) - (0x4b400000u - 127);  // may be -1: packing saturates

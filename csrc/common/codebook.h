@@ -226,12 +226,11 @@ HD uint32_t nearest_code(float v, const float* thresholds) {
   return code;
 }
 
-// ---- optimizer states: the arithmetic as it is ----
+// ---- optimizer states: the arithmetic as it is, encoded with dither ----
 //
 // A step decodes and encodes every state once, so what corrections and doubtful thresholds would cost is left out
-// there: a code's value is within 8 units in the last place of the published one, and a code that is not the nearest
-// lies less than 2^-16 of a level from the middle to it. These two functions are that arithmetic; vector forms equal
-// them.
+// there: a code's value is within 8 units in the last place of the published one, and a code's value has that code,
+// whatever the dither. state_value and state_code are that arithmetic; vector forms equal them.
 
 HD float state_value(const DynamicMap& map, uint32_t code) {
   const float x = map.is_signed ? 2.0f * (static_cast<float>(code) - 127.0f) : static_cast<float>(code + 1);
@@ -241,23 +240,10 @@ HD float state_value(const DynamicMap& map, uint32_t code) {
   return __builtin_fmaf(x, map.step[d], base);
 }
 
-// v: finite, at most 1 in magnitude but for rounding. Unsigned: v >= 0, and what is above 0 gets at least code 1.
-// The nearest code.
-HD uint32_t state_code(const DynamicMap& map, float v) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
-  const uint32_t doubled = bits << 1, rotated = doubled < kLowestRotated ? kLowestRotated : doubled;
-  const uint32_t d = (rotated + map.region[(rotated >> 24) - kRegionExponent]) >> 24;
-  const float a = __builtin_bit_cast(float, bits & 0x7fffffffu);
-  const float exact = __builtin_fmaf(a, map.slope[d], map.offset[d]);
-  const int level = static_cast<int>(__builtin_rintf(exact < map.last[d] ? exact : map.last[d]));
-  if (!map.is_signed) return static_cast<uint32_t>(level == 0 && v > 0 ? 1 : level);
-  const int code = 127 + (bits >> 31 ? -level : level);
-  return static_cast<uint32_t>(code < 0 ? 0 : code);
-}
-
-// With dither, a number from (-0.5, 0.5), different each time: the code above or below v, the nearer the likelier. What
-// changes by less than a cell a step, as a second moment does, would otherwise hardly ever change its code.
-HD uint32_t state_code_dithered(const DynamicMap& map, float v, float dither) {
+// v: finite, at most 1 in magnitude but for rounding. Unsigned: v >= 0, and what is above 0 gets at least code 1. With a
+// dither from (-0.5, 0.5), different each time: the code above or below v, the nearer the likelier. The nearest code
+// would hardly ever be another than the old one, where a step changes a state by less than a cell.
+HD uint32_t state_code(const DynamicMap& map, float v, float dither) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, v);
   const uint32_t doubled = bits << 1, rotated = doubled < kLowestRotated ? kLowestRotated : doubled;
   const uint32_t d = (rotated + map.edge_region[(rotated >> 24) - kRegionExponent]) >> 24;

@@ -19,6 +19,7 @@
 #define UNROLL _Pragma("unroll")
 #define UNROLL_BY_8 _Pragma("unroll 8")
 #define NO_UNROLL _Pragma("unroll 1")
+#define TRAP() __trap()
 #define SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 #define DYNAMIC_SHARED(type, name)                                       \
   extern __shared__ __align__(16) unsigned char octavo_dynamic_shared[]; \

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "cpu/isa.h"
 
 namespace octavo {
 
@@ -130,7 +131,7 @@ inline int64_t row_count(const Tensor& t) {
   return rows;
 }
 
-// The device of x for the time of one op, and its current stream (null on the CPU).
+// The device of x for the time of one op, and its current stream (null on the CPU), where kernels are of one level.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& x) {
@@ -141,30 +142,50 @@ class OnDeviceOf {
   Stream stream() const { return stream_; }
 
  private:
+#ifndef OCTAVO_SIMT
+  cpu::OneIsa level_;
+#endif
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   Stream stream_ = nullptr;
 };
 
-// Every family registers its ops once per backend of the build: OCTAVO_REGISTER(Backend structs' suffix) expands to
-// octavo/CPU (+ octavo/CUDA), or in a test build of the host SIMT machine to octavo_simt/CPU.
+// ---- backends ----
+
+// A kernel that does nothing: with it an op is its checks and the shapes and dtypes of what it returns. Registered for
+// meta tensors, in a namespace of its own, since fakes ask these before they answer (python/octavo/core/fakes.py).
+template <class F>
+struct Nothing;
+template <class R, class... A>
+struct Nothing<R(A...)> {
+  static R call(A...) { return R(); }
+};
+
+#define OCTAVO_OF_CPU(kernel) cpu::kernel
+#define OCTAVO_OF_CUDA(kernel) cuda::kernel
+#define OCTAVO_OF_SIMT(kernel) simt::kernel
+#define OCTAVO_OF_CHECKS(kernel) Nothing<decltype(cpu::kernel)>::call
+
+// Every family registers its ops once per backend of the build: OCTAVO_REGISTER(register_ops, macro that makes a struct
+// of kernels) expands to octavo/CPU and octavo_checks/Meta (+ octavo/CUDA), or in a test build of the host SIMT machine
+// to octavo_simt/CPU.
+#define OCTAVO_REGISTER_FOR(Backend, library, key, register_ops) \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                   \
+    register_ops<Backend>(m);                                    \
+  }
+#define OCTAVO_REGISTER_CPU(register_ops, make_backend)         \
+  make_backend(Cpu, OCTAVO_OF_CPU)                              \
+  make_backend(Checks, OCTAVO_OF_CHECKS)                        \
+  OCTAVO_REGISTER_FOR(Cpu, octavo, CPU, register_ops)           \
+  OCTAVO_REGISTER_FOR(Checks, octavo_checks, Meta, register_ops)
 #ifdef OCTAVO_SIMT
-#define OCTAVO_REGISTER(register_ops, make_backend)                         \
-  make_backend(Simt, simt) STABLE_TORCH_LIBRARY_IMPL(octavo_simt, CPU, m) { \
-    register_ops<Simt>(m);                                                  \
-  }
+#define OCTAVO_REGISTER(register_ops, make_backend) \
+  make_backend(Simt, OCTAVO_OF_SIMT) OCTAVO_REGISTER_FOR(Simt, octavo_simt, CPU, register_ops)
 #elif defined(OCTAVO_WITH_CUDA)
-#define OCTAVO_REGISTER(register_ops, make_backend)                                           \
-  make_backend(Cpu, cpu) make_backend(Cuda, cuda) STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) { \
-    register_ops<Cpu>(m);                                                                     \
-  }                                                                                           \
-  STABLE_TORCH_LIBRARY_IMPL(octavo, CUDA, m) {                                                \
-    register_ops<Cuda>(m);                                                                    \
-  }
+#define OCTAVO_REGISTER(register_ops, make_backend) \
+  OCTAVO_REGISTER_CPU(register_ops, make_backend)   \
+  make_backend(Cuda, OCTAVO_OF_CUDA) OCTAVO_REGISTER_FOR(Cuda, octavo, CUDA, register_ops)
 #else
-#define OCTAVO_REGISTER(register_ops, make_backend)                  \
-  make_backend(Cpu, cpu) STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) { \
-    register_ops<Cpu>(m);                                            \
-  }
+#define OCTAVO_REGISTER(register_ops, make_backend) OCTAVO_REGISTER_CPU(register_ops, make_backend)
 #endif
 
 }  // namespace octavo

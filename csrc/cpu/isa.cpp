@@ -70,10 +70,20 @@ std::atomic<Isa>& current() {
   return value;
 }
 
+thread_local int kept = -1;  // the level of the op that runs in this thread; -1: none does
+
 }  // namespace
 
 Isa isa() {
-  return current().load(std::memory_order_relaxed);
+  return kept >= 0 ? static_cast<Isa>(kept) : current().load(std::memory_order_relaxed);
+}
+
+OneIsa::OneIsa() : before_(kept) {
+  kept = static_cast<int>(isa());
+}
+
+OneIsa::~OneIsa() {
+  kept = before_;
 }
 
 void set_isa(Isa level) {

@@ -18,9 +18,22 @@ namespace octavo::cpu {
 enum class Isa { portable, avx2, avx512, amx };
 
 Isa isa();                     // what the kernels use: the best there is, lowered by OCTAVO_CPU_ISA or set_isa()
-void set_isa(Isa);             // throws std::invalid_argument when this machine or build lacks the level
+void set_isa(Isa);             // for calls that begin later; throws std::invalid_argument when this machine or build lacks the level
 std::vector<Isa> available();  // levels that this build has and this machine can run
 const char* name_of(Isa);
 Isa isa_from_name(const std::string&);  // throws std::invalid_argument
+
+// While it lives, isa() stays what it was in this thread, whatever another sets: an op asks one level for the size of a
+// workspace and later for the loops that fill it.
+class OneIsa {
+ public:
+  OneIsa();
+  ~OneIsa();
+  OneIsa(const OneIsa&) = delete;
+  OneIsa& operator=(const OneIsa&) = delete;
+
+ private:
+  int before_;
+};
 
 }  // namespace octavo::cpu

@@ -178,7 +178,6 @@ struct Vec {
 
   // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
   // The smaller magnitude of q and limit >= 0, with q's sign.
-  static F smaller_magnitude(F q, F limit) { return with_sign_of(min(abs(q), limit), q); }
   // q, at least 1, where v is positive; elsewhere 0.
   static F from_1_where_positive(F q, F v) { return _mm256_and_ps(positive(v), max(q, set(1.0f))); }
   // Levels -128 ... 128 as codes level + 127, the lowest of which is 0.

@@ -122,7 +122,6 @@ struct Vec {
 
   // What blockwise/codec.h needs: tables in registers, and the arithmetic on codes. Indices count modulo the size.
   // The smaller magnitude of q and limit >= 0, with q's sign.
-  static F smaller_magnitude(F q, F limit) { return _mm512_range_ps(q, limit, 0x02); }
   // q, at least 1, where v is positive; elsewhere 0.
   static F from_1_where_positive(F q, F v) { return _mm512_maskz_max_ps(positive(v), q, set(1.0f)); }
   // Levels -128 ... 128 as codes level + 127, the lowest of which is 0.

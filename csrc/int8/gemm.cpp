@@ -173,11 +173,11 @@ void register_ops(Library& m) {
   m.impl("int8_linear", TORCH_BOX(&int8_linear<B>));
 }
 
-#define GEMM_BACKEND(Name, ns)                               \
+#define GEMM_BACKEND(Name, OF)                               \
   struct Name {                                              \
-    static constexpr auto quantize_rows = ns::quantize_rows; \
-    static constexpr auto decompose = ns::decompose;         \
-    static constexpr auto int8_gemm = ns::int8_gemm;         \
+    static constexpr auto quantize_rows = OF(quantize_rows); \
+    static constexpr auto decompose = OF(decompose);         \
+    static constexpr auto int8_gemm = OF(int8_gemm);         \
   };
 OCTAVO_REGISTER(register_ops, GEMM_BACKEND)
 

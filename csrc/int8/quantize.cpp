@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_columns(const char* op, cons
                        .absmax = static_cast<uint32_t*>(absmax.mutable_data_ptr()),
                        .row_codes = with_rows ? row_codes.mutable_data_ptr<int8_t>() : nullptr,
                        .row_scale = with_rows ? row_scale.mutable_data_ptr<float>() : nullptr,
-                       .rows = row_count(x),
+                       .rows = cols || with_rows ? row_count(x) : 0,  // without columns nothing comes of a row
                        .cols = cols},
                       device.stream());
   return {row_codes, row_scale, codes, scale};
@@ -113,12 +113,12 @@ void register_ops(Library& m) {
   m.impl("dequantize_rowwise", TORCH_BOX(&dequantize_rowwise<B>));
 }
 
-#define QUANTIZE_BACKEND(Name, ns)                                 \
+#define QUANTIZE_BACKEND(Name, OF)                                 \
   struct Name {                                                    \
-    static constexpr auto quantize_rows = ns::quantize_rows;       \
-    static constexpr auto quantize_columns = ns::quantize_columns; \
-    static constexpr auto quantize_tensor = ns::quantize_tensor;   \
-    static constexpr auto dequantize_rows = ns::dequantize_rows;   \
+    static constexpr auto quantize_rows = OF(quantize_rows);       \
+    static constexpr auto quantize_columns = OF(quantize_columns); \
+    static constexpr auto quantize_tensor = OF(quantize_tensor);   \
+    static constexpr auto dequantize_rows = OF(dequantize_rows);   \
   };
 OCTAVO_REGISTER(register_ops, QUANTIZE_BACKEND)
 

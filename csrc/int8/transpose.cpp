@@ -67,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_columns_transpose(const char
                        .absmax = bits,
                        .row_codes = with_rows ? row_codes.mutable_data_ptr<int8_t>() : nullptr,
                        .row_scale = with_rows ? row_scale.mutable_data_ptr<float>() : nullptr,
-                       .rows = rows,
+                       .rows = cols || with_rows ? rows : 0,  // without columns nothing comes of a row
                        .cols = cols},
                       device.stream());
   B::encode_transposed({.x = x.const_data_ptr(),
@@ -104,11 +104,11 @@ void register_ops(Library& m) {
   m.impl("quantize_rowwise_columnwise_transpose", TORCH_BOX(&quantize_rowwise_columnwise_transpose<B>));
 }
 
-#define TRANSPOSE_BACKEND(Name, ns)                                  \
+#define TRANSPOSE_BACKEND(Name, OF)                                  \
   struct Name {                                                      \
-    static constexpr auto quantize_columns = ns::quantize_columns;   \
-    static constexpr auto quantize_tensor = ns::quantize_tensor;     \
-    static constexpr auto encode_transposed = ns::encode_transposed; \
+    static constexpr auto quantize_columns = OF(quantize_columns);   \
+    static constexpr auto quantize_tensor = OF(quantize_tensor);     \
+    static constexpr auto encode_transposed = OF(encode_transposed); \
   };
 OCTAVO_REGISTER(register_ops, TRANSPOSE_BACKEND)
 

@@ -185,14 +185,14 @@ void register_ops(Library& m) {
   m.impl("nf4_linear_transposed", TORCH_BOX(&nf4_linear_transposed<B>));
 }
 
-#define NF4_BACKEND(Name, ns)                                                      \
+#define NF4_BACKEND(Name, OF)                                                      \
   struct Name {                                                                    \
-    static constexpr auto quantize_low_bit = ns::quantize_low_bit;                 \
-    static constexpr auto dequantize_low_bit = ns::dequantize_low_bit;             \
-    static constexpr auto nf4_workspace = ns::nf4_workspace;                       \
-    static constexpr auto nf4_matmul = ns::nf4_matmul;                             \
-    static constexpr auto nf4_workspace_transposed = ns::nf4_workspace_transposed; \
-    static constexpr auto nf4_matmul_transposed = ns::nf4_matmul_transposed;       \
+    static constexpr auto quantize_low_bit = OF(quantize_low_bit);                 \
+    static constexpr auto dequantize_low_bit = OF(dequantize_low_bit);             \
+    static constexpr auto nf4_workspace = OF(nf4_workspace);                       \
+    static constexpr auto nf4_matmul = OF(nf4_matmul);                             \
+    static constexpr auto nf4_workspace_transposed = OF(nf4_workspace_transposed); \
+    static constexpr auto nf4_matmul_transposed = OF(nf4_matmul_transposed);       \
   };
 OCTAVO_REGISTER(register_ops, NF4_BACKEND)
 

@@ -84,13 +84,13 @@ struct Plan {
                     " but params[0] on ", device_of(lists.params[0]));
     STD_TORCH_CHECK(param.is_contiguous(), where(op, "params", i), " must be contiguous, got shape ", shape_of(param));
     check_as_param(op, "grads", i, grad, param);
-    check_dtype(op, "steps", step, ScalarType::Float);
+    check_dtype(op, "steps", step, ScalarType::Double);
     STD_TORCH_CHECK(step.numel() == 1 && device_of(step) == device_of(param), where(op, "steps", i),
                     " must be one number on ", device_of(param));
     t.count = t.row = param.numel();
     t.param = param.mutable_data_ptr();
     t.grad = grad.const_data_ptr();
-    t.step = step.const_data_ptr<float>();
+    t.step = step.const_data_ptr<double>();
     for (int64_t s = 0; s < each; ++s) {
       const size_t at = i * static_cast<size_t>(each) + static_cast<size_t>(s);
       const Tensor &state = lists.states[at], &absmax = lists.absmax[at];
@@ -129,19 +129,57 @@ struct Plan {
   }
 };
 
-// The table that kernels read: the tensors' words, then the chunks, in int64. It holds addresses: of use only with the
-// same tensors. Made on the CPU; the caller moves it to where the parameters are.
+// What a table was made of, in one word: everything but the ids, which only the table has.
+uint64_t mark_of(const Plan& plan) {
+  uint64_t mark = 0x6f637461766f3038;
+  const auto add = [&](uint64_t word) {  // the finalizer of splitmix64, for each word
+    mark = (mark ^ word) + 0x9e3779b97f4a7c15;
+    mark = (mark ^ (mark >> 30)) * 0xbf58476d1ce4e5b9;
+    mark = (mark ^ (mark >> 27)) * 0x94d049bb133111eb;
+    mark ^= mark >> 31;
+  };
+  for (OptimTensor t : plan.tensors) {
+    t.id = 0;
+    uint64_t words[kOptimWords];
+    std::memcpy(words, &t, sizeof(t));
+    for (const uint64_t word : words) add(word);
+  }
+  for (const int32_t chunk : plan.chunks) add(static_cast<uint64_t>(chunk));
+  return mark;
+}
+
+// Whether a table on the CPU is what `plan` makes, whatever the ids.
+bool is_table_of(const char* bytes, const Plan& plan) {
+  for (const OptimTensor& wanted : plan.tensors) {
+    OptimTensor t;
+    std::memcpy(&t, bytes, sizeof(t));
+    t.id = wanted.id;
+    if (std::memcmp(&t, &wanted, sizeof(t)) != 0) return false;
+    bytes += sizeof(t);
+  }
+  return plan.chunks.empty() || std::memcmp(bytes, plan.chunks.data(), plan.chunks.size() * 4) == 0;
+}
+
+int64_t words_of(const Plan& plan) {
+  return static_cast<int64_t>(plan.tensors.size()) * kOptimWords + (static_cast<int64_t>(plan.chunks.size()) + 1) / 2 +
+         1;
+}
+
+// The table that kernels read: the tensors' words, then the chunks, then the mark, in int64. It holds addresses: of use
+// only with the same tensors. Made on the CPU; the caller moves it to where the parameters are.
 Tensor optim_table(const Tensors& params, const Tensors& grads, const Tensors& steps, const Tensors& states,
                    const Tensors& absmax, const Tensors& compensation, const std::vector<int64_t>& ids) {
   const Plan plan("optim_table", {params, grads, steps, states, absmax, compensation}, &ids);
   const size_t tensor_bytes = plan.tensors.size() * sizeof(OptimTensor), chunk_bytes = plan.chunks.size() * 4;
-  const int64_t words = static_cast<int64_t>(tensor_bytes / 8 + (chunk_bytes + 7) / 8);
+  const int64_t words = words_of(plan);
+  const uint64_t mark = mark_of(plan);
   Tensor table = torch::stable::empty({words}, ScalarType::Long, std::nullopt,
                                       torch::stable::Device(torch::headeronly::DeviceType::CPU));
   char* bytes = static_cast<char*>(table.mutable_data_ptr());
-  if (words) std::memset(bytes, 0, static_cast<size_t>(words) * 8);
+  std::memset(bytes, 0, static_cast<size_t>(words) * 8);
   if (tensor_bytes) std::memcpy(bytes, plan.tensors.data(), tensor_bytes);
   if (chunk_bytes) std::memcpy(bytes + tensor_bytes, plan.chunks.data(), chunk_bytes);
+  std::memcpy(bytes + (words - 1) * 8, &mark, 8);
   return table;
 }
 
@@ -179,10 +217,16 @@ OptimStep describe(const char* op, const Lists& lists, const Plan& plan, const S
   check_dtype(op, "table", table, ScalarType::Long);
   check_same_device(op, "table", table, first);
   const int64_t tensor_words = static_cast<int64_t>(plan.tensors.size()) * kOptimWords;
-  const int64_t words = tensor_words + (static_cast<int64_t>(plan.chunks.size()) + 1) / 2;
+  const int64_t words = words_of(plan);
   STD_TORCH_CHECK(table.dim() == 1 && table.size(0) == words, op,
                   ": the table does not belong to these tensors: it has ", table.numel(), " words instead of ", words);
+  STD_TORCH_CHECK(table.is_contiguous(), op, ": the table must be contiguous, got a stride of ", table.stride(0));
+  const auto* bytes = static_cast<const char*>(table.const_data_ptr());
+  STD_TORCH_CHECK(!table.is_cpu() || is_table_of(bytes, plan), op,
+                  ": the table does not belong to these tensors: it has other addresses, sizes or dtypes");
   OptimStep s{};
+  s.mark = reinterpret_cast<const uint64_t*>(bytes) + words - 1;
+  s.wanted_mark = mark_of(plan);
   s.tensors = static_cast<const OptimTensor*>(table.const_data_ptr());
   s.chunks = reinterpret_cast<const int32_t*>(static_cast<const int64_t*>(table.const_data_ptr()) + tensor_words);
   s.tensor_count = static_cast<int64_t>(plan.tensors.size());
@@ -270,10 +314,10 @@ void register_ops(Library& m) {
   m.impl("optim_step", TORCH_BOX(&optim_step<B>));
 }
 
-#define OPTIM_BACKEND(Name, ns)                        \
+#define OPTIM_BACKEND(Name, OF)                        \
   struct Name {                                        \
-    static constexpr auto optim_sums = ns::optim_sums; \
-    static constexpr auto optim_step = ns::optim_step; \
+    static constexpr auto optim_sums = OF(optim_sums); \
+    static constexpr auto optim_step = OF(optim_step); \
   };
 OCTAVO_REGISTER(register_ops, OPTIM_BACKEND)
 

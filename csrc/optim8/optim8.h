@@ -6,7 +6,9 @@ namespace octavo {
 // One step of an optimizer over many tensors. The arithmetic of each optimizer: rules.h. States are either fp32, or
 // 8-bit codes with one absmax per block (common/codebook.h): moments by the signed dynamic map, and of the second
 // moment v its root sqrt(v), by the unsigned map, where what is above 0 gets at least code 1, so that no root that a
-// moment is divided by rounds to 0. Second moments and AdEMAMix's slow one are coded with dither (rules.h: dithered).
+// moment is divided by rounds to 0. All are coded with dither: a step changes a state by (1 - beta) of what is new, which
+// is less than half the distance of two codes for slow betas in the upper decades, and for any beta in the lower ones:
+// the nearest code would be the old one for ever.
 
 constexpr int kMaxStates = 3;
 constexpr int64_t kOptimBlock = 256;  // elements of a block
@@ -21,7 +23,7 @@ struct OptimTensor {
   void* state[kMaxStates];    // [count] codes or fp32: the rule's moments, then the second moment (root, or v in fp32)
   float* absmax[kMaxStates];  // [rows * ceil(row / 256)], null for fp32 states
   void* compensation;         // [count] of the parameter's dtype: Kahan's compensation, or null
-  const float* step;          // [1]: this step's number, from 1 on
+  const double* step;         // [1]: this step's number, from 1 on: exact up to 2^53, where fp32 stops at 2^24
   int64_t count, row;
   int64_t row_blocks;               // ceil(row / 256)
   int64_t first_block;              // of this tensor, counting over all tensors
@@ -88,6 +90,8 @@ struct Hyper {
 struct OptimStep {
   const OptimTensor* tensors;  // [tensor_count]
   const int32_t* chunks;       // [chunk_count]: the tensor of each chunk
+  const uint64_t* mark;        // [1]: what the table says it was made of (mark_of in optim8.cpp); null: unchecked
+  uint64_t wanted_mark;        // what it must say
   int64_t tensor_count, block_count, chunk_count;
   int64_t wide_chunks;  // tensors with fp32 parameters come first, with this many chunks; then those with 16 bits
   Rule rule;
@@ -99,7 +103,7 @@ struct OptimStep {
   double* chunk_sums;        // [chunk_count, 2] workspace of optim_sums
   double* new_sums;          // [tensor_count, 2] what optim_sums writes, by position; zeros where nothing changes
   const double* sums;        // [tensor_count, 2] what optim_step reads of it, if its rule has any
-  int64_t* nonfinite;        // [1] += elements left alone because their gradient (or new state) is NaN or Inf
+  int64_t* nonfinite;        // [1] += elements left alone: their gradient, new state or direction is NaN or Inf
   uint64_t seed;
   bool maximize;
   bool stochastic;  // round bf16 parameters up or down at random, the nearer the likelier

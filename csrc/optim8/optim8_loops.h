@@ -227,10 +227,6 @@ struct StepLoops {
       for (int s = 0; s < kStates; ++s) {
         uint8_t* codes = static_cast<uint8_t*>(t.state[s]) + waiting.first + j;
         const F v = V::mul(V::load(next[waiting.slot][s] + j), V::set(waiting.inverse[s]));
-        if (!dithered<Rule>(s)) {
-          codec.store_moment(codes, v, n);
-          continue;
-        }
         const F dither = codec.dither(waiting.key[s] + static_cast<uint32_t>(waiting.first + j) * kDitherStep);
         s == kSecondAt ? codec.store_root(codes, v, dither, n) : codec.store_moment(codes, v, dither, n);
       }
@@ -258,8 +254,10 @@ struct StepLoops {
       const F shrunk = V::mul(before, V::set(f.shrink));
       const F u = Rule::template direction<V>(f, shrunk, V::mul(V::load(g + j, n), V::set(f.grad)), m, v, root);
       F after = V::fma(V::set(-f.size), u, shrunk);
-      // Where the new state is NaN or Inf (a gradient that is, or whose square is), nothing changes.
-      typename V::M valid = V::finite(kStates == 0 ? u : Rule::kSecond ? root : m[0]);
+      // Where the new state is NaN or Inf (a gradient that is, or whose square is), nothing changes; nor where the
+      // direction is (0 / 0 without an eps, a weight that is Inf).
+      typename V::M valid = V::finite(u);
+      if constexpr (kStates > 0) valid = V::both(valid, V::finite(Rule::kSecond ? root : m[0]));
       if constexpr (Rule::kMoments == 2) valid = V::both(valid, V::finite(m[1]));
       int left_alone = 0;
       if (__builtin_expect(!V::all(valid), 0)) {

@@ -110,13 +110,6 @@ HD Factors factors_of(Rule rule, const Hyper& h, double lr, double t, float grad
   return f;
 }
 
-// States that change by little a step are coded with dither: second moments (1 - beta2 is 0.001), and the slow moment
-// of AdEMAMix (0.0001). The others change by a cell or more, and get the nearest code.
-template <class Rule>
-HD constexpr bool dithered(int state) {
-  return state == Rule::kMoments || state == 1;
-}
-
 // ---- the rules. direction(f, p, g, m, v, root): g has the factor f.grad; m: moments; v: second moment, replaced by
 // its successor, of which root becomes the square root. ----
 

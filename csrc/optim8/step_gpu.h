@@ -6,8 +6,8 @@
 
 namespace octavo::GPU_NS {
 
-// Of these states NaN and Inf are looked for: they come from a gradient that is, or whose square is. Elements where one
-// is found are left alone. (Without states, that is decided by the direction.)
+// Of these states NaN and Inf are looked for, and in the direction: they come from a gradient that is, or whose square
+// is, from 0 / 0 without an eps, from a weight that is. Elements where one is found are left alone.
 template <class Rule>
 HD constexpr bool checked(int s) {
   return States<Rule>::second(s) || !Rule::kSecond || (Rule::kMoments == 2 && s == 1);
@@ -25,13 +25,11 @@ __device__ __forceinline__ void leave_alone(Rule rule, const OptimStep& s, const
   float before[kEach], g[kEach];
   StoredStates<Rule, kQuantized, kWide> stored;
   L::load_param(t, place, before);
-  if constexpr (S::kCount == 0) L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
+  L::load_floats(t.grad, static_cast<DType>(t.grad_dtype), place, g);
   stored.load(t, place, block);
   int left_alone = 0;
   UNROLL for (int e = 0; e < kEach; ++e) {
-    bool valid = true;
-    if constexpr (S::kCount == 0)
-      valid = abs_bits(Stepped(rule, stored, tables, e, f, before[e] * f.shrink, g[e]).u) < kInfinity;
+    bool valid = abs_bits(Stepped(rule, stored, tables, e, f, before[e] * f.shrink, g[e]).u) < kInfinity;
     UNROLL for (int i = 0; i < S::kCount; ++i) {
       if (checked<Rule>(i)) valid &= abs_bits(state[i][e]) < kInfinity;
       if (S::second(i)) valid &= state[i][e] >= 0.0f;  // v below 0 has no root
@@ -67,12 +65,12 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
 
   // The largest magnitudes, as integers, which do not lose a NaN, where one is looked for; of roots, their sign is
   // known.
-  uint32_t most[S::kSlots] = {};
+  uint32_t most[S::kSlots] = {}, worst = 0;
   UNROLL for (int e = 0; e < kEach; ++e) {
     const float shrunk = p[e] * f.shrink;
     const Stepped next(rule, stored, tables, e, f, shrunk, g[e]);
     p[e] = fmaf(-f.size, next.u, shrunk);
-    if (S::kCount == 0) most[0] = max(most[0], abs_bits(next.u));
+    worst = max(worst, abs_bits(next.u));
     UNROLL for (int i = 0; i < S::kCount; ++i) {
       state[i][e] = next.template kept<Rule, kQuantized>(i);
       if (S::second(i))
@@ -84,7 +82,6 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
     }
   }
 
-  uint32_t worst = S::kCount == 0 ? most[0] : 0;
   UNROLL for (int i = 0; i < S::kCount; ++i) {
     if (checked<Rule>(i)) worst = max(worst, most[i]);
   }
@@ -98,25 +95,17 @@ __device__ __forceinline__ void step_block(Rule rule, const OptimStep& s, const 
       const float inverse = block_inverse(absmax);
       if (lane_id() == 0) in_global(t.absmax[i])[block] = absmax;
       UNROLL for (int e = 0; e < kEach; ++e) state[i][e] *= inverse;
-      uint32_t words[kEach / 4];
-      uint32_t random[kEach] = {};
-      if constexpr (dithered<Rule>(0) || S::kCount > 1) {
-        if (dithered<Rule>(i)) {
-          const uint32_t step = place.packed ? kDitherStep : 32 * kDitherStep;  // to the next of `part` elements
-          UNROLL for (int part = 0; part < kEach; part += L::kPart) {
-            uint32_t at = computed(dither + dither_key(0, 0, i) + static_cast<uint32_t>(place.mine) * kDitherStep +
-                                   32 * part * kDitherStep);
-            UNROLL for (int e = part; e < part + L::kPart; ++e, at = computed(at + step)) random[e] = at;
-          }
-        }
+      uint32_t words[kEach / 4], random[kEach];
+      const uint32_t step = place.packed ? kDitherStep : 32 * kDitherStep;  // to the next of `part` elements
+      UNROLL for (int part = 0; part < kEach; part += L::kPart) {
+        uint32_t at = computed(dither + dither_key(0, 0, i) + static_cast<uint32_t>(place.mine) * kDitherStep +
+                               32 * part * kDitherStep);
+        UNROLL for (int e = part; e < part + L::kPart; ++e, at = computed(at + step)) random[e] = at;
       }
-      const StateTable& table = tables[i];
       if (S::second(i))
-        state_codes<false, true>(table, state[i], random, words);
-      else if (dithered<Rule>(i))
-        state_codes<true, true>(table, state[i], random, words);
+        state_codes<false>(tables[i], state[i], random, words);
       else
-        state_codes<true, false>(table, state[i], random, words);
+        state_codes<true>(tables[i], state[i], random, words);
       L::template store<uint8_t>(t.state[i], place, words);
     } else {
       L::template store<float>(t.state[i], place, state[i]);

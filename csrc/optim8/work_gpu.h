@@ -104,9 +104,9 @@ struct Chunk {
   int32_t index;  // of the tensor
   int64_t count;  // of the tensor's elements
   bool packable, flat;
-  float step;
+  double step;
 
-  float factors_step = 0.0f;  // of the factors in shared memory; 0: none yet
+  double factors_step = 0.0;  // of the factors in shared memory; 0: none yet
   int32_t factors_tensor = -1;
   bool filled = false;
 
@@ -133,7 +133,7 @@ struct Chunk {
     __syncthreads();  // no warp is at the chunk before any more
     if (fill) {
       UNROLL for (int m = 0; m < S::kCount; ++m)
-          fill_table(place.tables[m], kGpuMaps[m < Rule::kMoments], dithered<Rule>(m));
+          fill_table(place.tables[m], kGpuMaps[m < Rule::kMoments]);
       filled = true;
     }
     if (derive) {
@@ -147,8 +147,10 @@ struct Chunk {
   }
 };
 
-// Loads of what the host may set between steps.
+// Loads of what the host may set between steps. The host cannot look into a table on the device: one that was made of
+// other tensors ends the kernel, and the error is seen at the next synchronisation.
 __device__ inline bool nothing_to_do(const OptimStep& s) {
+  if (s.mark != nullptr && *s.mark != s.wanted_mark) TRAP();
   return s.found_inf != nullptr && *s.found_inf != 0.0f;
 }
 

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> find_outlier_columns(const Tensor& x_, double thresho
                     .dtype = dtype,
                     .flags = flags.mutable_data_ptr<uint8_t>(),
                     .threshold = limit,
-                    .rows = row_count(x),
+                    .rows = cols ? row_count(x) : 0,
                     .cols = cols},
                    device.stream());
   B::compact_columns({.flags = flags.const_data_ptr<uint8_t>(),
@@ -53,7 +53,7 @@ Tensor extract(const Tensor& x_, const Tensor* scale_, const Tensor& columns_, c
                       .count = count.const_data_ptr<int32_t>(),
                       .out = out.mutable_data_ptr(),
                       .dtype = dtype,
-                      .rows = row_count(x),
+                      .rows = columns.size(0) ? row_count(x) : 0,
                       .cols = last_size(x),
                       .capacity = columns.size(0)},
                      device.stream());
@@ -90,11 +90,11 @@ void register_ops(Library& m) {
   m.impl("extract_int8_columns", TORCH_BOX(&extract_int8_columns<B>));
 }
 
-#define OUTLIER_BACKEND(Name, ns)                                \
+#define OUTLIER_BACKEND(Name, OF)                                \
   struct Name {                                                  \
-    static constexpr auto outlier_flags = ns::outlier_flags;     \
-    static constexpr auto compact_columns = ns::compact_columns; \
-    static constexpr auto extract_columns = ns::extract_columns; \
+    static constexpr auto outlier_flags = OF(outlier_flags);     \
+    static constexpr auto compact_columns = OF(compact_columns); \
+    static constexpr auto extract_columns = OF(extract_columns); \
   };
 OCTAVO_REGISTER(register_ops, OUTLIER_BACKEND)
 

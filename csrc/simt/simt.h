@@ -1,5 +1,6 @@
 #pragma once
 // CUDA C++ for g++: what common/launch.h includes where nvcc does not compile the file.
+#include <cstdlib>
 #include <cstring>
 
 #include "common/hd.h"
@@ -15,6 +16,7 @@
 #define __align__(bytes) alignas(bytes)
 
 #define GPU_NS simt
+#define TRAP() std::abort()
 #define SHARED(type, name, ...)           \
   using name##_shared = type __VA_ARGS__; \
   static char name##_declaration;         \

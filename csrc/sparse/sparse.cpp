@@ -211,14 +211,14 @@ void register_ops(Library& m) {
   m.impl("csr_grad_values", TORCH_BOX(&csr_grad_values<B>));
 }
 
-#define SPARSE_BACKEND(Name, ns)                                                     \
+#define SPARSE_BACKEND(Name, OF)                                                     \
   struct Name {                                                                      \
-    static constexpr auto csr_matmul_workspace = ns::csr_matmul_workspace;           \
-    static constexpr auto csr_transposed_workspace = ns::csr_transposed_workspace;   \
-    static constexpr auto csr_grad_values_workspace = ns::csr_grad_values_workspace; \
-    static constexpr auto csr_matmul = ns::csr_matmul;                               \
-    static constexpr auto csr_matmul_transposed = ns::csr_matmul_transposed;         \
-    static constexpr auto csr_grad_values = ns::csr_grad_values;                     \
+    static constexpr auto csr_matmul_workspace = OF(csr_matmul_workspace);           \
+    static constexpr auto csr_transposed_workspace = OF(csr_transposed_workspace);   \
+    static constexpr auto csr_grad_values_workspace = OF(csr_grad_values_workspace); \
+    static constexpr auto csr_matmul = OF(csr_matmul);                               \
+    static constexpr auto csr_matmul_transposed = OF(csr_matmul_transposed);         \
+    static constexpr auto csr_grad_values = OF(csr_grad_values);                     \
   };
 OCTAVO_REGISTER(register_ops, SPARSE_BACKEND)
 

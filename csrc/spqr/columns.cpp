@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spqr_quantize_columns
                   shape_of(factor_));
   const Tensor weight = as_contiguous(weight_), factor = as_contiguous(factor_);
   const float* u = factor.const_data_ptr<float>();
-  for (int64_t j = 0; j < k; ++j)
+  for (int64_t j = 0; j < (factor.is_cpu() ? k : 0); ++j)
     STD_TORCH_CHECK(u[j * k + j] > 0.0f, op, ": the diagonal of factor must be positive, got ", u[j * k + j], " at ",
                     j);
 
@@ -75,21 +75,15 @@ void register_ops(Library& m) {
   m.impl("spqr_quantize_columns", TORCH_BOX(&spqr_quantize_columns<B>));
 }
 
-// On the CPU only: who quantizes on a GPU moves the columns (python/octavo/spqr/engine.py).
+#define COLUMNS_BACKEND(Name, OF)                          \
+  struct Name {                                            \
+    static constexpr auto spqr_columns = OF(spqr_columns); \
+  };
+// On the CPU only: who quantizes on a GPU moves the columns (python/octavo/spqr/engine).
 #ifdef OCTAVO_SIMT
-struct Simt {
-  static constexpr auto spqr_columns = simt::spqr_columns;
-};
-STABLE_TORCH_LIBRARY_IMPL(octavo_simt, CPU, m) {
-  register_ops<Simt>(m);
-}
+OCTAVO_REGISTER(register_ops, COLUMNS_BACKEND)
 #else
-struct Cpu {
-  static constexpr auto spqr_columns = cpu::spqr_columns;
-};
-STABLE_TORCH_LIBRARY_IMPL(octavo, CPU, m) {
-  register_ops<Cpu>(m);
-}
+OCTAVO_REGISTER_CPU(register_ops, COLUMNS_BACKEND)
 #endif
 
 }  // namespace

@@ -163,11 +163,11 @@ void register_ops(Library& m) {
   m.impl("spqr_dequantize", TORCH_BOX(&spqr_dequantize<B>));
 }
 
-#define SPQR_BACKEND(Name, ns)                                   \
+#define SPQR_BACKEND(Name, OF)                                   \
   struct Name {                                                  \
-    static constexpr auto spqr_workspace = ns::spqr_workspace;   \
-    static constexpr auto spqr_matmul = ns::spqr_matmul;         \
-    static constexpr auto spqr_dequantize = ns::spqr_dequantize; \
+    static constexpr auto spqr_workspace = OF(spqr_workspace);   \
+    static constexpr auto spqr_matmul = OF(spqr_matmul);         \
+    static constexpr auto spqr_dequantize = OF(spqr_dequantize); \
   };
 OCTAVO_REGISTER(register_ops, SPQR_BACKEND)
 

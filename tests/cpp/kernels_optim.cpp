@@ -134,7 +134,7 @@ struct Parameter {
   int64_t count, row;
   bool quantized, compensated;
   int states;
-  float step;
+  double step;
   Buffer<float> fp32, grad32;
   Buffer<uint16_t> half, grad16, kept;
   std::vector<Buffer<float>> floats, absmax;
@@ -163,7 +163,7 @@ float hard_grad() {
 }
 
 Parameter make(DType param, DType grad, int64_t count, int64_t row, int states, int second_at, bool quantized,
-               bool compensated, float step, int bad) {
+               bool compensated, double step, int bad) {
   const int64_t wide = param == DType::f32 ? count : 0, wide_grad = grad == DType::f32 ? count : 0;
   Parameter p{param,
               grad,
@@ -299,7 +299,7 @@ int64_t plain_step(const OptimStep& s, const OptimTensor& t, const Factors& f) {
       auto& [p, g, old, m, v, root] = x;
       const float shrunk = p * f.shrink;
       const float u = Rule::template direction<Lane>(f, shrunk, g * f.grad, m, v, root);
-      const bool valid = std::isfinite(kStates == 0 ? u : Rule::kSecond ? root : m[0]) && std::isfinite(m[1]);
+      const bool valid = std::isfinite(u) && std::isfinite(Rule::kSecond ? root : m[0]) && std::isfinite(m[1]);
       const float after = valid ? std::fmaf(-f.size, u, shrunk) : p;
       if (!valid) {
         ++left_alone;
@@ -331,8 +331,7 @@ int64_t plain_step(const OptimStep& s, const OptimTensor& t, const Factors& f) {
         const float value = next[k][j] * block_inverse(absmax);
         const DynamicMap& map = map_of(k != Rule::kMoments);
         const uint32_t random = dither_key(t.id, *t.step, k) + static_cast<uint32_t>(first + j) * kDitherStep;
-        static_cast<uint8_t*>(t.state[k])[first + j] = static_cast<uint8_t>(
-            dithered<Rule>(k) ? state_code_dithered(map, value, dither_of(random)) : state_code(map, value));
+        static_cast<uint8_t*>(t.state[k])[first + j] = static_cast<uint8_t>(state_code(map, value, dither_of(random)));
       }
     }
     first += count;
@@ -370,7 +369,7 @@ void test_rule(const RuleInfo& info, int variant) {
   std::vector<Parameter> made;
   const DType f32 = DType::f32, f16 = DType::f16, bf16 = DType::bf16;
   for (const bool quantized : {true, false}) {
-    const auto add = [&](DType p, DType g, int64_t count, int64_t row, float step, int bad) {
+    const auto add = [&](DType p, DType g, int64_t count, int64_t row, double step, int bad) {
       made.push_back(make(p, g, count, row, info.states, second_at, quantized, compensated && p != f32, step, bad));
     };
     add(f32, f32, 9001, 9001, 1, 0);

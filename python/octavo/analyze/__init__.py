@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import models
 from .._version import __version__
+from ..core.files import read_json
 from ..models import evaluate
 from . import activations, plots, weights
 from .sites import find_sites
@@ -160,11 +161,11 @@ def read_record(path: Path) -> dict[str, Any]:
     if path.is_dir():
         path = path / _FILES[0]
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if {"model", "perplexity", "activations"} <= record.keys():
-            return dict(record)
-    except (ValueError, AttributeError):
-        pass
+        record = read_json(path, foreign=True)
+    except ValueError as error:
+        raise ValueError(f"{path} is no {_FILES[0]} that `octavo analyze` wrote: {error}") from None
+    if {"model", "perplexity", "activations"} <= record.keys():
+        return record
     raise ValueError(f"{path} is no {_FILES[0]} that `octavo analyze` wrote")
 
 

@@ -1,11 +1,9 @@
 """The dynamic maps in plain PyTorch, and how optimizer states are coded by them: `csrc/common/codebook.h`.
 
 States take a shortcut: within a decade a map is linear, so a code's value is ``|x| * step + base`` with the sign of x,
-and a value's code ``round(min(|v| * slope + offset, last))``, each a fused multiply-add in fp32. That is the published
-map to within 8 units in the last place, and the nearest code but within 2**-16 of a level from the middle of two.
-
-What changes by less than a cell a step (second moments, AdEMAMix's slow moment) is coded with dither instead: a number
-from (-0.5, 0.5), other for each element and step, is added before rounding, so that changes count on the average.
+the published one to within 8 units in the last place, and a value's code ``round(|v| * slope + offset + dither)``, each
+a fused multiply-add in fp32. The dither is a number from (-0.5, 0.5), other for each element and step: a step may
+change a state by less than the distance of two codes, and so such changes count on the average.
 """
 
 from __future__ import annotations
@@ -61,28 +59,20 @@ def fma(a: Tensor | float, b: Tensor | float, c: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Constants of one map, by decade (0 to 6; 7 is the value 1), fp32."""
+    """Constants of one map, by decade (0 to 6; 7 is the value 1), fp32: of values, then of codes, whose decades end at
+    powers of ten."""
 
     step: Tensor
     base: Tensor
     slope: Tensor
     offset: Tensor
-    last: Tensor
-    ends: Tensor  # [7]: what lies above the i-th belongs to decade i + 1 or a later one
-    edge_slope: Tensor  # these three for codes with dither, where decades end at powers of ten
-    edge_offset: Tensor
     edges: Tensor
 
 
 @functools.cache
 def arithmetic(signed: bool) -> Arithmetic:
     values = dynamic_map(signed)
-    zero = 127 if signed else 0
-    # The largest fp32 that is not above each midpoint of levels from 0 on.
-    middle = thresholds(values)[zero:]
-    below = middle.float()
-    below = torch.where(below.double() > middle, below.nextafter(torch.tensor(0.0)), below)
-    step, base, slope, offset, last, ends = [], [], [], [], [], []
+    step, base, slope, offset = [], [], [], []
     for decade, scale in enumerate((1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)):
         cells = 2**decade if signed else 2 ** (decade + 1)
         width, first = scale * 0.9 / cells, scale * (0.1 + 0.45 / cells)
@@ -91,40 +81,18 @@ def arithmetic(signed: bool) -> Arithmetic:
         base.append(first - width * cells)
         slope.append(1 / width)
         offset.append(level - first / width)
-        last.append(level + cells - 1)
-        ends.append(below[level + cells - 1])
     top = 1 / (1.0 - float(values[254]))
-    edge_slope, edge_offset = [*slope, top], [*offset, (128 if signed else 255) - top]
-    if signed:  # 0 must be level 0
-        edge_slope[0], edge_offset[0] = float(torch.tensor(1.0) / values[128]), 0.0
+    slope, offset = [*slope, top], [*offset, (128 if signed else 255) - top]
     edges = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, float(values[254])]
-    # Decade 0 holds level 0 as well.
-    zero_end = float(below[0])
-    slope[0] = 0.5 / zero_end if signed else 1 / (float(below[1]) - zero_end)
-    offset[0] = 0.5 - zero_end * slope[0]
-    if signed:
+    if signed:  # 0 must be level 0
+        slope[0], offset[0] = float(torch.tensor(1.0) / values[128]), 0.0
         step[0], base[0] = float(values[128]) / 2, 0.0
         step.append(0.0)
         base.append(1.0)
     else:  # x = 1 (value 0) and x = 256 (value 1) share it
         step.append(float(torch.tensor(1.0) / torch.tensor(255.0)))
         base.append(-step[7])
-    levels = 128 if signed else 255
-
-    def constants(numbers: list[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float64).float()
-
-    return Arithmetic(
-        step=constants(step),
-        base=constants(base),
-        slope=constants([*slope, 0.0]),
-        offset=constants([*offset, levels]),
-        last=constants([*last, levels]),
-        ends=torch.stack(ends),
-        edge_slope=constants(edge_slope),
-        edge_offset=constants(edge_offset),
-        edges=constants(edges),
-    )
+    return Arithmetic(*(torch.tensor(each, dtype=torch.float64).float() for each in (step, base, slope, offset, edges)))
 
 
 def state_value(codes: Tensor, signed: bool) -> Tensor:
@@ -136,24 +104,12 @@ def state_value(codes: Tensor, signed: bool) -> Tensor:
     return torch.copysign(fma(x.abs(), step, base), x)
 
 
-def state_code(v: Tensor, signed: bool) -> Tensor:
-    """The codes of finite values up to 1 in magnitude. Unsigned: v >= 0, and what is above 0 gets at least code 1."""
-    map_ = arithmetic(signed)
-    a = v.abs()
-    decade = (a[..., None] > map_.ends.to(v.device)).sum(-1)
-    slope, offset, last = (each.to(v.device)[decade] for each in (map_.slope, map_.offset, map_.last))
-    level = torch.minimum(fma(a, slope, offset), last).round()
-    if not signed:
-        return torch.where((level == 0) & (v > 0), 1.0, level).to(torch.uint8)
-    return (127.0 + torch.copysign(level, v)).clamp(min=0).to(torch.uint8)
-
-
-def state_code_dithered(v: Tensor, signed: bool, draw: Tensor) -> Tensor:
+def state_code(v: Tensor, signed: bool, draw: Tensor) -> Tensor:
     """The code above or below v, the nearer the likelier. Unsigned: 0 stays 0, and what is above it is at least 1."""
     map_ = arithmetic(signed)
     a = v.abs()
     decade = (a[..., None] > map_.edges.to(v.device)).sum(-1)
-    slope, offset = map_.edge_slope.to(v.device)[decade], map_.edge_offset.to(v.device)[decade]
+    slope, offset = map_.slope.to(v.device)[decade], map_.offset.to(v.device)[decade]
     level = (fma(a, slope, offset) + draw).round()
     if not signed:
         return torch.where(v > 0, level.clamp(1, 255), 0.0).to(torch.uint8)

@@ -2,53 +2,86 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
 
+from .files import make_all_durable, make_durable, raise_if_full
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "octavo.json"  # the manifest of a directory that octavo.save_quantized wrote
+_TEMPORARY, _OLD = "tmp", "old"
 
 
 @contextmanager
-def new_directory(target: str | os.PathLike[str], overwrite: bool = False, marker: str = MANIFEST) -> Iterator[Path]:
-    """A directory to write into, which becomes `target` in one rename when the block ends, and never if it raises.
+def new_directory(
+    target: str | os.PathLike[str], overwrite: bool = False, marker: str = MANIFEST, needed: int = 0
+) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` at once when the block ends, and never if it raises.
+
+    What is in it is flushed to disk before that. A directory that is replaced changes places with the new one: at
+    `target` is always one of the two. What an earlier call that was killed left beside `target` is removed.
 
     Args:
-        target: must not exist, or be an empty directory.
+        target: must not exist, or be an empty directory. A symbolic link is followed. Into an empty directory that
+            cannot be replaced, as the mount point of a container's volume, files are moved one by one, `marker` last.
         overwrite: `target` may also be a directory with the file `marker` in it; it is replaced at the end.
         marker: by default what `save_quantized` writes.
+        needed: bytes that must be free on the disk.
 
     Raises:
         FileExistsError: it exists and may not be replaced. Nothing has been written then.
         FileNotFoundError: the directory that `target` is to be in does not exist.
+        OSError: it cannot be written, or too little is free. What can be seen of it is seen before the block runs.
     """
-    target = Path(os.path.abspath(target))
-    _check_target(target, overwrite, marker)
+    target = Path(os.path.realpath(target))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no directory {target.parent}")
-    temporary, old = (target.parent / f".{target.name}.{secrets.token_hex(4)}.{end}" for end in ("tmp", "old"))
-    temporary.mkdir()
+    put_back(target)
+    _sweep(target)
+    _check_target(target, overwrite, marker)
+    through = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
+    if through and any(target.iterdir()):
+        why = "is a mount point" if os.path.ismount(target) else f"lies in {target.parent}, which cannot be written"
+        raise FileExistsError(f"{target} {why}, so that it cannot be replaced: name a directory in it, or empty it")
+    parent = target if through else target.parent
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed, {free} are free", str(target))
+    temporary = parent / f".{target.name}.{secrets.token_hex(4)}.{_TEMPORARY}"
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {target}: {error.strerror}") from None
+    lock = _lock(temporary)
     try:
         yield temporary
-        _check_target(target, overwrite, marker)
-        if overwrite and target.exists():
-            os.rename(target, old)
-            try:
-                os.rename(temporary, target)
-            except BaseException:
-                os.rename(old, target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+        make_all_durable(temporary)
+        if through:
+            _move_into(temporary, target, marker)
         else:
-            os.rename(temporary, target)
-    except BaseException:
+            _check_target(target, overwrite, marker)
+            _take_place(temporary, target)
+        make_durable(parent)
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise_if_full(error, target)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    shutil.rmtree(temporary, ignore_errors=True)  # the old one, if there was one
 
 
 def _check_target(target: Path, overwrite: bool, marker: str) -> None:
@@ -62,6 +95,110 @@ def _check_target(target: Path, overwrite: bool, marker: str) -> None:
     if overwrite:
         raise FileExistsError(f"{target} was not written by octavo (it has no {marker}): it is not overwritten")
     raise FileExistsError(f"{target} exists and holds {len(entries)} entries; pass overwrite=True to replace it")
+
+
+# ---- renames -------------------------------------------------------------------------------------------------------
+
+
+def _take_place(new: Path, target: Path) -> None:
+    """Rename `new` to `target`; a directory that is there gets the name of `new`, or is gone if it was empty."""
+    if not target.exists() or not any(target.iterdir()):
+        os.rename(new, target)
+        return
+    if _exchange(new, target):
+        return
+    # In between there is nothing at `target`: `put_back` mends that if the process ends there.
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.{_OLD}")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    os.rename(old, new)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two directories change names in one step. False where the system cannot."""
+    at_current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2 if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        renameat2 = None
+    if renameat2 is None:
+        return False
+    if renameat2(at_current, os.fsencode(a), at_current, os.fsencode(b), exchange) == 0:
+        return True
+    if (number := ctypes.get_errno()) in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(a), None, str(b))
+
+
+def _move_into(source: Path, target: Path, last: str) -> None:
+    moved: list[Path] = []
+    try:
+        for entry in sorted(source.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
+            os.rename(entry, target / entry.name)
+            moved.append(target / entry.name)
+    except BaseException:
+        for entry in reversed(moved):
+            os.rename(entry, source / entry.name)
+        raise
+
+
+# ---- what a killed process left ------------------------------------------------------------------------------------
+
+
+def put_back(target: Path) -> None:
+    """Rename a directory back to `target` that was moved away to be replaced, if nothing is at `target`: the process
+    was killed in between, on a file system where two directories cannot change places."""
+    if os.path.lexists(target):
+        return
+    for old in _left(target, _OLD):
+        os.rename(old, target)
+        return
+
+
+def _sweep(target: Path) -> None:
+    """Remove what calls for `target` that were killed have left beside it or in it. Who still writes holds a lock."""
+    for parent in (target.parent, target) if target.is_dir() else (target.parent,):
+        for path in _left(parent / target.name, _TEMPORARY, _OLD):
+            handle = _lock(path)
+            if handle is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(handle)
+
+
+def _left(target: Path, *ends: str) -> list[Path]:
+    start, names = f".{target.name}.", os.listdir(target.parent)
+    return [
+        target.with_name(name)
+        for name in sorted(names)
+        if name.startswith(start)
+        and len(parts := name.removeprefix(start).split(".")) == 2
+        and len(parts[0]) == 8
+        and not parts[0].strip("0123456789abcdef")
+        and parts[1] in ends
+    ]
+
+
+def _lock(path: Path) -> int | None:
+    """A handle that holds the lock of a directory until it is closed; None if another has it, or there are none."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another, or a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+# ---- tied tensors --------------------------------------------------------------------------------------------------
 
 
 def tie(model: nn.Module, tied: dict[str, str]) -> None:

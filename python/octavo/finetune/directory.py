@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..core.checks import is_number
+from ..core.files import inside, read_json, replace_file, sha256_of
 from ..core.stored import new_directory
 from ..lora.peft_format import FILES
 
@@ -118,17 +119,17 @@ class RunDirectory:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["format"] == FORMAT:
-                return dict(found)
-            problem = f"format {found['format']!r}, this octavo writes {FORMAT}"
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is damaged or of another version ({problem}): use another directory")
+            found = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}: use another directory") from None
+        if (written := found.get("format")) != FORMAT:
+            problem = f"format {written!r}, this octavo writes {FORMAT}"
+            raise ValueError(f"{path} is damaged or of another version ({problem}): use another directory")
+        return found
 
     def write_manifest(self, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=1) + "\n"
-        replace(self.path / MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
+        replace_file(self.path / MANIFEST, lambda target: target.write_text(text, encoding="utf-8"))
 
     def update_manifest(self, content: Mapping[str, Any]) -> None:
         self.write_manifest({**self._read_manifest(), **content})
@@ -143,7 +144,7 @@ class RunDirectory:
     def rewrite_losses(self, history: History) -> None:
         """Drop the figures that were measured after the checkpoint: the resumed run measures them again."""
         text = "".join(json.dumps(line) + "\n" for line in history.lines())
-        replace(self.path / LOSSES, lambda target: target.write_text(text, encoding="utf-8"))
+        replace_file(self.path / LOSSES, lambda target: target.write_text(text, encoding="utf-8"))
 
     def append_loss(self, line: Mapping[str, float]) -> None:
         with open(self.path / LOSSES, "a", encoding="utf-8") as file:
@@ -173,12 +174,10 @@ class RunDirectory:
                     "threads": torch.get_num_threads(),
                     "steps": history.steps,
                     "perplexities": list(history.perplexities.items()),
-                    "sha256": {file.relative_to(path).as_posix(): _sha256(file) for file in files},
+                    "sha256": {file.relative_to(path).as_posix(): sha256_of(file) for file in files},
                 }
+                state["self"] = _own_hash(state)
                 (path / _STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-                for entry in (*files, path / _STATE, path / ADAPTER, path):
-                    _make_durable(entry)
-            _make_durable(folder)
         except Exception as error:  # torch and safetensors each raise an error of their own for a full disk
             have = f"{shutil.disk_usage(self.path).free} bytes are free"
             last = self._steps()
@@ -199,13 +198,15 @@ class RunDirectory:
         for step in reversed(self._steps()):
             path = self.path / _CHECKPOINTS / f"step-{step:08d}"
             try:
-                state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+                state = read_json(path / _STATE)
                 if state["format"] != FORMAT:
                     raise ValueError(f"format {state['format']!r}, this octavo reads {FORMAT}")
                 if missing := [name for name in _HASHED if name not in state["sha256"]]:
                     raise ValueError(f"{_STATE} has no sha256 of {missing[0]}")
+                if state.get("self", own := _own_hash(state)) != own:
+                    raise ValueError(f"{_STATE} is not what was written")
                 for name, sha256 in state["sha256"].items():
-                    if _sha256(path / name) != sha256:
+                    if sha256_of(inside(path, name, f"{_STATE}, sha256,")) != sha256:
                         raise ValueError(f"{name} is not what was written")
                 history = _history(state)
                 if not state["step"] == len(history.steps) == step:
@@ -319,17 +320,6 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside itself and rename it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
 def _history(state: Mapping[str, Any]) -> History:
     """Read the history from a checkpoint's state. ValueError unless every entry is what `RunDirectory.save` writes."""
 
@@ -353,20 +343,7 @@ def _history(state: Mapping[str, Any]) -> History:
     return History(steps, {at: float(value) for at, value in perplexities})
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _make_durable(path: Path) -> None:
-    """Flush a file to disk, so that it is not only in the system's memory when something is renamed."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a directory
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _own_hash(state: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a state holds, but for itself; states of octavo 0.1.0 and before have none."""
+    content = json.dumps({key: value for key, value in state.items() if key != "self"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import models
 from .._version import __version__
 from ..analyze.plots import need_matplotlib
+from ..core.files import replace_file
 from ..core.low_bit import LowBitLinear
 from ..core.machine import describe_machine
 from ..lora.adapters import add_lora, load_adapter, save_adapter
@@ -26,7 +27,7 @@ from ..models import evaluate
 from ..models.quantize import quantize_model
 from . import curve, memory, residual
 from .data import Text
-from .directory import ADAPTER, CURVE, Checkpoint, History, RunDirectory, open_run, replace
+from .directory import ADAPTER, CURVE, Checkpoint, History, RunDirectory, open_run
 from .settings import Settings
 
 _NAME = "default"  # the name of the adapter, as PEFT calls it
@@ -357,7 +358,7 @@ class _Trainer:
         losses = [line["loss"] for line in self.history.steps]
         title = f"{Path(self.name).name}: {self._method()}, rank {self.settings.rank}"
         perplexities = self.history.perplexities
-        replace(self.run.path / CURVE, lambda path: curve.draw(path, title, losses, perplexities))
+        replace_file(self.run.path / CURVE, lambda path: curve.draw(path, title, losses, perplexities))
 
     def _finish(self) -> Result:
         self.model.eval()

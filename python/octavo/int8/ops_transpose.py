@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core.fakes import check_devices, fake
+from ..core.fakes import fake
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -77,7 +77,6 @@ def quantize_columnwise_transpose(x: Tensor, seed: Tensor | None = None) -> tupl
 
 @fake("quantize_columnwise_transpose")
 def _(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    check_devices("quantize_columnwise_transpose", x, seed)
     return _turned(x), x.new_empty(x.shape[-1:], dtype=torch.float32)
 
 
@@ -108,6 +107,5 @@ def quantize_rowwise_columnwise_transpose(
 
 @fake("quantize_rowwise_columnwise_transpose")
 def _(x: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_devices("quantize_rowwise_columnwise_transpose", x, seed)
     codes, row_scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
     return codes, row_scale, _turned(x), x.new_empty(x.shape[-1:], dtype=torch.float32)

@@ -38,13 +38,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _check_threshold(threshold: float) -> None:
+def _check_threshold(threshold: float) -> float:
+    """The threshold in fp32, as it is compared with; a positive one stays positive."""
     if not threshold >= 0.0:
         raise RuntimeError(f"threshold must be 0 or positive, got {threshold}")
+    return float(torch.tensor(threshold, dtype=torch.float32)) or 2.0**-149 * (threshold > 0)
 
 
 def quantize_rowwise(x: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor]:
-    _check_threshold(threshold)
+    threshold = _check_threshold(threshold)
     values = x.float()
     outlier = values.abs() >= threshold if threshold > 0 else torch.zeros_like(values, dtype=torch.bool)
     absmax = _absmax(values.masked_fill(outlier, 0.0), x.dim() - 1)
@@ -104,7 +106,7 @@ def quantize_rowwise_columnwise_transpose(
 
 
 def find_outlier_columns(x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    _check_threshold(threshold)
+    threshold = _check_threshold(threshold)
     k = x.shape[-1]
     found = (_rows(x.float()).abs() >= threshold).any(0).nonzero().flatten()
     columns = torch.full((k,), -1, dtype=torch.int32, device=x.device)
@@ -153,7 +155,7 @@ def int8_linear(
     outlier_weight: Tensor | None = None,
 ) -> Tensor:
     is_outlier = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
-    _check_threshold(threshold)
+    threshold = _check_threshold(threshold)
     if threshold > 0:
         is_outlier = (_rows(x.float()).abs() >= threshold).any(0)
     codes, scale = quantize_rowwise(x.masked_fill(is_outlier, 0.0))

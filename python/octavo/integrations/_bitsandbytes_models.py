@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import transformers
 from torch import nn
 
 from ..core.checks import is_number
+from ..core.files import read_json
 from ..int8.method import Int8
 from ..nf4.linear import NF4Linear
 from ..nf4.method import NF4
@@ -33,14 +33,18 @@ def build(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     """The model of ``config.json`` with these tensors, ready to be saved in octavo's format."""
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json of transformers: pass model=, the unquantized model")
-    described = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    architecture = (described.get("architectures") or [None])[0]
+    where = path / "config.json"
+    described = read_json(where, foreign=True)
+    names, quantization = described.get("architectures"), described.get("quantization_config")
+    if not isinstance(names, list | None) or not isinstance(quantization, dict | None):
+        raise ValueError(f"{where} has architectures = {names!r}, quantization_config = {quantization!r}")
+    architecture = (names or [None])[0]
     cls: Any = getattr(transformers, str(architecture), None)
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known:
         raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {architecture!r}")
     config = transformers.AutoConfig.from_pretrained(path)
-    options = _options(path, checkpoint, described.get("quantization_config") or {})
+    options = _options(path, checkpoint, quantization or {})
     config.quantization_config = _InMemory(skip=(), **options)
     names = {torch_dtype: name for name, torch_dtype in SAFETENSORS_DTYPES.items()}
     tensors = checkpoint.tensors

@@ -7,7 +7,6 @@ None] / 127``), ``weight_format`` uint8 [] = 0 for row-major, and ``bias``. For 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..core.files import check_regular, indexed_files
 from ..core.stored import tie
 from ..int8.bitsandbytes import read_linear8bit
 from ..int8.linear import Int8Linear
@@ -158,20 +158,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            files = sorted({path / name for name in names})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not the index of a checkpoint: {error!r}") from None
+    files = indexed_files(path) if path.is_dir() else [path]
     if not files:
         raise FileNotFoundError(f"{path} holds no safetensors file; others are not read: they can run code")
     tensors = {}
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing; {index.name} names it")
+        check_regular(file)
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors.update({name: opened.get_tensor(name) for name in list(opened.keys())})

@@ -19,7 +19,6 @@ fp16 (2**-11 of their value); outliers, by at most 2**-11 of what they differ fr
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..core.files import check_regular, inside, read_json
 from ..spqr.linear import SpQRLinear
 from ..spqr.weight import SpQRWeight
 from ._spqr_layers import import_compressed_layer, import_legacy_layer
@@ -186,6 +186,7 @@ def _read_layer_files(where: Path, model: nn.Module | None) -> OfficialCheckpoin
     out = OfficialCheckpoint()
     folders = sorted((d for d in where.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
     for file in (file for folder in folders for file in sorted(folder.iterdir())):
+        inside(where, f"{file.parent.name}/{file.name}", where)
         name, layer = f"{file.parent.name}.{file.name}", _load(file)
         if isinstance(layer, _PickledLayer):
             _check_compressed_bits(file, {key: vars(layer).get(key) for key in ("bits", "beta1", "beta2")})
@@ -221,16 +222,13 @@ def _files_of_transformers(where: Path) -> list[Path]:
     config_path = where / "config.json"
     if not config_path.is_file():
         raise ValueError(f"{where} has neither args.pt (of main.py --save) nor config.json (of transformers)")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config_path} is not JSON: {error}") from None
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    quantization = read_json(config_path, foreign=True).get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "spqr":
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise ValueError(f"{config_path}: quantization_config must have quant_method 'spqr', got {method!r}")
     _check_compressed_bits(config_path, quantization)
     files = sorted(where.glob("*.safetensors")) or sorted(where.glob("pytorch_model*.bin"))
+    files = [inside(where, file.name, where) for file in files]
     if not files:
         raise ValueError(f"{where} has no safetensors files")
     return files
@@ -244,6 +242,7 @@ def _check_compressed_bits(where: Path, config: Mapping[str, Any]) -> None:
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
+        check_regular(file)
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in list(stored.keys()):
@@ -272,6 +271,7 @@ _KNOWN = [(_PickledLayer, f"{module}.QuantizedLinear") for module in ("spqr_quan
 
 
 def _load(file: Path) -> Any:
+    check_regular(file)
     known = torch.serialization.safe_globals(_KNOWN)  # type: ignore[arg-type]
     checked = torch.sparse.check_sparse_tensor_invariants()  # type: ignore[no-untyped-call]
     try:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core.checks import FLOATS, dtype_name
+from ..core.files import read_json
 from .linear import LoRAConfig
 
 FILES = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -93,12 +94,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         inside = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))
         hint = f"; its directories {', '.join(inside)} do: name one of them" if inside else ""
         raise FileNotFoundError(f"{directory} holds no adapter in PEFT's format: it has no {CONFIG}{hint}")
-    try:
-        config = json.loads(where.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{where} must hold an object, got {type(config).__name__}")
+    config = read_json(where, foreign=True)
     if (kind := config.get("peft_type")) != "LORA":
         raise ValueError(f"{where} has peft_type {kind!r}; octavo reads 'LORA'")
     if (bias := config.get("bias", "none")) != "none":

@@ -9,14 +9,14 @@
     ``quant_type``, ``blocksize``, ``double_quant`` and ``weight_dtype``, for spqr ``bits``, ``group_size``,
     ``stats_group_size``, ``scale_bits``, ``zero_bits``, ``bilevel`` and ``perm`` (whether there are such tensors),
     ``outliers`` (how many); ``tied``: name of a tensor to the name that it is stored under; ``tensors``: ``bytes`` and
-    ``sha256`` of the file above; ``model``: ``class``, and ``transformers``: whether that is a class of transformers.
+    ``sha256`` of the file above; ``model``: ``class``, and ``transformers``: whether that is a class of transformers;
+    ``configs``: the SHA-256 of each of the files below (absent in files of octavo 0.1.0 and before).
 ``config.json``, ``generation_config.json``
     Of a transformers model.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -30,14 +30,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..core.files import read_json, sha256_of
 from ..core.low_bit import LowBitLinear
 from ..core.method import layer_class, stored_methods
-from ..core.stored import MANIFEST, new_directory, tie
+from ..core.stored import MANIFEST, new_directory, put_back, tie
 from ..lora.linear import LoRALinear
 from ..switchback.linear import Int8Weight
 
 FORMAT_VERSION = 1
-_TENSORS, _MANIFEST = "octavo.safetensors", MANIFEST
+_TENSORS, _MANIFEST, _CONFIGS = "octavo.safetensors", MANIFEST, ("config.json", "generation_config.json")
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -92,19 +93,22 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
             raise ValueError(f"{name}: {errors[0]}")
     methods = {config["method"] for config in modules.values()}
     transformers_model = _is_transformers_model(model)
-    with new_directory(directory, overwrite) as path:
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with new_directory(directory, overwrite, needed=needed) as path:
         save_file(tensors, path / _TENSORS, metadata={"format": "pt"})
         if transformers_model:
             _save_configs(model, path)
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "octavo_version": __version__,
             "method": methods.pop() if len(methods) == 1 else "mixed",
             "model": {"class": type(model).__name__, "transformers": transformers_model},
-            "tensors": {"bytes": (path / _TENSORS).stat().st_size, "sha256": _sha256(path / _TENSORS)},
+            "tensors": {"bytes": (path / _TENSORS).stat().st_size, "sha256": sha256_of(path / _TENSORS)},
             "modules": modules,
             "tied": tied,
         }
+        if configs := {name: sha256_of(path / name) for name in _CONFIGS if (path / name).exists()}:
+            manifest["configs"] = configs
         (path / _MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -133,14 +137,6 @@ def _tensors_to_write(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, tied
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ---- transformers models -------------------------------------------------------------------------------------------
 
 
@@ -158,7 +154,7 @@ def _save_configs(model: Any, path: Path) -> None:
         model.generation_config.save_pretrained(path)
 
 
-def _build_transformers_model(name: str, path: Path) -> nn.Module:
+def _build_transformers_model(name: str, path: Path, hashes: dict[str, str]) -> nn.Module:
     """The model of ``config.json``, its parameters on the meta device; buffers, which are computed, are real."""
     import transformers
 
@@ -167,12 +163,33 @@ def _build_transformers_model(name: str, path: Path) -> nn.Module:
         raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {name!r}")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json, which a {name} needs")
-    config = transformers.AutoConfig.from_pretrained(path)
-    with _parameters_on_meta():
-        model: Any = cls(config)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    _check_configs(path, hashes)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+        with _parameters_on_meta():
+            model: Any = cls(config)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers raises errors of every kind for what it cannot build
+        raise ValueError(f"{path / 'config.json'} describes no {name}: {type(error).__name__}: {error}") from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _check_configs(path: Path, hashes: dict[str, str]) -> None:
+    """What is beside the manifest is what was saved: with another configuration the model would be another one."""
+    for name in _CONFIGS:
+        file, saved = path / name, hashes.get(name)
+        if saved is None:
+            continue
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing; {_MANIFEST} names it")
+        if (digest := sha256_of(file)) != saved:
+            raise ValueError(
+                f"{file} was changed: its SHA-256 is {digest}, {_MANIFEST} says {saved}. Load the model as it was "
+                "saved, change model.config, and save it again"
+            )
 
 
 @contextmanager
@@ -236,7 +253,7 @@ def load_quantized(
         if not manifest["model"]["transformers"]:
             name = manifest["model"]["class"]
             raise ValueError(f"{path} holds a {name}, which is not a transformers model: pass model=, a {name}")
-        model = _build_transformers_model(manifest["model"]["class"], path)
+        model = _build_transformers_model(manifest["model"]["class"], path, manifest.get("configs", {}))
     elif not isinstance(model, nn.Module):
         model = model()
     _check_fit(path, model, manifest, tensors)
@@ -255,16 +272,12 @@ def load_quantized(
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
+    put_back(path)
     for file in (path, path / _MANIFEST, path / _TENSORS):
         if not file.exists():
             raise FileNotFoundError(f"{file} does not exist; octavo.save_quantized writes a directory with it")
     where = path / _MANIFEST
-    try:
-        manifest = json.loads(where.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{where} must hold an object, got {type(manifest).__name__}")
+    manifest = read_json(where)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{where} has format_version {version!r}; octavo {__version__} reads {FORMAT_VERSION}")
@@ -286,9 +299,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             kind.check_configuration(config)
         except ValueError as error:
             raise ValueError(f"{where}: module {name!r}: {error}") from None
-    for name, source in manifest["tied"].items():
-        if not isinstance(source, str):
-            raise ValueError(f"{where}: tied {name!r} must name a tensor, got {source!r}")
+    for key, what in (("tied", "name a tensor"), ("configs", "be a SHA-256")):
+        if not isinstance(entries := manifest.get(key, {}), dict):
+            raise ValueError(f"{where}: {key} must be an object, got {entries!r}")
+        for name, value in entries.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{where}: {key} {name!r} must {what}, got {value!r}")
     return manifest
 
 
@@ -305,7 +321,7 @@ def _read_tensors(path: Path, manifest: dict[str, Any], device: torch.device) ->
     if (size := where.stat().st_size) != wanted["bytes"]:
         state = "truncated" if size < wanted["bytes"] else "not the file that was saved"
         raise ValueError(f"{where} is {state}: it has {size} bytes, {_MANIFEST} says {wanted['bytes']}")
-    if (digest := _sha256(where)) != wanted["sha256"]:
+    if (digest := sha256_of(where)) != wanted["sha256"]:
         raise ValueError(f"{where} was changed: its SHA-256 is {digest}, {_MANIFEST} says {wanted['sha256']}")
     try:
         with safe_open(where, framework="pt", device=str(device)) as file:

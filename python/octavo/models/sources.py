@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..core.files import indexed_files, read_json
 from ..core.low_bit import LowBitLinear
 from ..core.method import find_method, is_unquantized, method_names
 from ..core.stored import MANIFEST, new_directory
@@ -96,11 +96,9 @@ def find_source(path: str | os.PathLike[str]) -> Source:
 
 def _quantization(path: Path) -> str | None:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, foreign=True)
     except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} must hold an object, got {type(config).__name__}")
+        raise ModelError(str(error)) from None
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
@@ -209,6 +207,8 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
     if keywords["quantization_config"] is None:  # given as None, it would switch off what config.json says
         del keywords["quantization_config"]
     with _explained(source, "model"):
+        if source.kind == "transformers":
+            indexed_files(source.path)  # transformers would follow an index to any file
         return transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **keywords).eval()
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.files import parse_json
 from .weight import NESTED_BLOCKSIZE, NF4Weight, check_options, code_book
 
 MARK = "weight.quant_state.bitsandbytes__"
@@ -53,11 +54,9 @@ def read_header(state: dict[str, Tensor]) -> Header:
         raise ValueError(f"{marks[0]} is on the meta device: it must have its {len(raw)} values")
     text = bytes(raw.tolist())
     try:
-        described = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{marks[0]} is not JSON ({error}): {text[:80]!r}") from None
-    if not isinstance(described, dict):
-        raise ValueError(f"{marks[0]} must hold an object, got {text[:80]!r}")
+        described = parse_json(text, marks[0], foreign=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is {text[:80]!r}") from None
 
     def entry(name: str, kind: type | tuple[type, ...]) -> Any:
         value = described.get(name)

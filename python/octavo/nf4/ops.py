@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.fakes import check_devices, fake
+from ..core.fakes import fake
 
 # quant_type: "nf4" and "fp4" as published with QLoRA (arXiv 2305.14314), "nf2", "nf3", "nf8" by NF4's definition.
 BITS = {"nf2": 2, "nf3": 3, "nf4": 4, "nf8": 8, "fp4": 4}
@@ -16,16 +16,6 @@ BITS = {"nf2": 2, "nf3": 3, "nf4": 4, "nf8": 8, "fp4": 4}
 def packed_bytes(count: int, quant_type: str) -> int:
     """Bytes of the packed codes of `count` elements."""
     return -(-count * BITS[quant_type] // 8)
-
-
-def _check_fake(op: str, quant_type: str, blocksize: int, x: Tensor | None = None) -> None:
-    """Refuse what the operator would refuse, because only its fake runs here."""
-    if quant_type not in BITS:
-        raise RuntimeError(f"{op}: quant_type must be one of {', '.join(BITS)}, got {quant_type!r}")
-    if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise RuntimeError(f"{op}: blocksize must be a power of two from 32 to 4096, got {blocksize}")
-    if x is not None and x.dim() == 0:
-        raise RuntimeError(f"{op}: x must have at least 1 dimension, got a scalar")
 
 
 def nf4_quantize(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tuple[Tensor, Tensor]:
@@ -63,7 +53,6 @@ def nf4_quantize(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tup
 
 @fake("nf4_quantize")
 def _(x: Tensor, quant_type: str = "nf4", blocksize: int = 64) -> tuple[Tensor, Tensor]:
-    _check_fake("nf4_quantize", quant_type, blocksize)
     count = x.numel()
     packed = x.new_empty((packed_bytes(count, quant_type),), dtype=torch.uint8)
     return packed, x.new_empty((-(-count // blocksize),), dtype=torch.float32)
@@ -122,8 +111,6 @@ def _(
     quant_type: str = "nf4",
     blocksize: int = 64,
 ) -> Tensor:
-    _check_fake("nf4_dequantize", quant_type, blocksize)
-    check_devices("nf4_dequantize", packed, absmax, nested_absmax, offset)
     return packed.new_empty(tuple(size), dtype=dtype)
 
 
@@ -177,8 +164,6 @@ def _(
     quant_type: str = "nf4",
     blocksize: int = 64,
 ) -> Tensor:
-    _check_fake("nf4_linear", quant_type, blocksize, x)
-    check_devices("nf4_linear", x, packed, absmax, nested_absmax, offset, bias)
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -227,6 +212,4 @@ def _(
     quant_type: str = "nf4",
     blocksize: int = 64,
 ) -> Tensor:
-    _check_fake("nf4_linear_transposed", quant_type, blocksize, g)
-    check_devices("nf4_linear_transposed", g, packed, absmax, nested_absmax, offset)
     return g.new_empty((*g.shape[:-1], k))

@@ -47,14 +47,14 @@ class Optimizer8bit(torch.optim.Optimizer):
         differentiable: only False.
         paged, page_dir, device_budget: of the optimizer, not of groups; see below.
 
-    A second moment is kept as its root in 8 bit, with dither: each step its code is the one below or above, the nearer
-    the likelier, by numbers that depend on the step, the parameter's position and the element only. (A step changes it
-    by less than the distance of codes; the nearest code would hardly ever change.) What is above 0 stays above 0, and 0
-    stays 0. Other moments, but the slow one of AdEMAMix, get the nearest code.
+    States are coded with dither: each step a code is the one below or above, the nearer the likelier, by numbers that
+    depend on the step, the parameter's position and the element only. (A step may change a state by less than the
+    distance of codes; the nearest code would then never change.) A second moment is kept as its root: what is above 0
+    stays above 0. 0 stays 0.
 
     States are made at a parameter's first step: `bits` and `min_8bit_size` take effect then, or when a state is loaded.
     A parameter with an attribute ``octavo_state_bits = 32`` (`octavo.nn.StableEmbedding` sets it) keeps fp32 states.
-    Elements whose gradient or new state is NaN or Inf are left alone: see `nonfinite_count`.
+    Elements whose gradient, new state or direction is NaN or Inf are left alone: see `nonfinite_count`.
 
     Sharded parameters (DTensor, as FSDP2 makes them) have sharded states, in 8 bit where they are sharded along
     dimension 0 in rows of at least 64 elements. `load_state_dict` also reads states of torch.optim and bitsandbytes.
@@ -187,6 +187,9 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_caches()
+        for entry in self.state.values():  # octavo 0.1.0 pickled steps in fp32
+            if isinstance(entry, dict) and isinstance(step := entry.get("step"), Tensor):
+                entry["step"] = step.double()
         if self._paging is not None and "_paging" in state:  # a copy: its states are in ordinary memory so far
             self._place_again(self._paging)
 
@@ -438,8 +441,8 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- counts of what was left alone ----
 
     def nonfinite_count(self) -> int:
-        """How many elements were left alone so far because their gradient or new state was NaN or Inf. Waits for the
-        device, as nothing else here does."""
+        """How many elements were left alone so far because their gradient, new state or direction was NaN or Inf. Waits
+        for the device, as nothing else here does."""
         return sum(int(count) for count in self._nonfinite.values())
 
     def reset_nonfinite_count(self) -> None:

@@ -22,10 +22,10 @@ def advance(counters: list[Tensor], found: Tensor | None) -> None:
     """One step on, or back where found_inf is not 0."""
     for device, group in by_device(counters).items():
         if found is not None:
-            back = (found.to(device, non_blocking=True).reshape(()) != 0).float()
+            back = (found.to(device, non_blocking=True).reshape(()) != 0).double()
             torch._foreach_sub_(group, [back] * len(group))
         elif device.type == "cpu":  # one tensor instead of as many as there are counters
-            torch._foreach_add_(group, torch.tensor(1.0), alpha=1.0)
+            torch._foreach_add_(group, torch.tensor(1.0, dtype=torch.float64), alpha=1.0)
         else:
             torch._foreach_add_(group, 1)
 

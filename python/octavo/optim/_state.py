@@ -220,7 +220,8 @@ def bytes_of(param: Tensor, names: Names, quantized: bool, kahan: bool, aligned:
 
 
 def new_step(param: Tensor, value: float = 0.0) -> Tensor:
-    return torch.full((), value, dtype=torch.float32, device=param.device)
+    """A step counter: in float64, which counts on where fp32 stops, at 2**24; torch.optim loads it."""
+    return torch.full((), value, dtype=torch.float64, device=param.device)
 
 
 # ---- conversion ----------------------------------------------------------------------------------------------------

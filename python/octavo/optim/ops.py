@@ -26,7 +26,7 @@ def optim_table(
     Example:
         >>> import octavo, torch
         >>> p, g = torch.ones(4), torch.full((4,), 2.0)
-        >>> lists = [p], [g], [torch.ones(1)], [], [], []
+        >>> lists = [p], [g], [torch.ones(1, dtype=torch.float64)], [], [], []
         >>> octavo.ops.optim_table(*lists, ids=[0]).dtype
         torch.int64
     """
@@ -37,13 +37,13 @@ _TABLE_WORDS, _BLOCK, _CHUNK_BLOCKS = 18, 256, 32
 
 
 def table_words(params: list[Tensor], absmax: list[Tensor]) -> int:
-    """Length of the table: 18 words per parameter, then half a word for each chunk of 32 blocks."""
+    """Length of the table: 18 words per parameter, half a word for each chunk of 32 blocks, and a mark."""
     chunks, each = 0, len(absmax) // max(len(params), 1)
     for i, param in enumerate(params):
         flat = (param.numel() + _BLOCK - 1) // _BLOCK
         blocks = absmax[i * each].numel() or flat if each else flat  # an fp32 state has no absmax
         chunks += (blocks + _CHUNK_BLOCKS - 1) // _CHUNK_BLOCKS
-    return _TABLE_WORDS * len(params) + (chunks + 1) // 2
+    return _TABLE_WORDS * len(params) + (chunks + 1) // 2 + 1
 
 
 @fake("optim_table")
@@ -83,19 +83,19 @@ def optim_step(
 
     States are decoded, updated in fp32 and encoded again within one pass: moments by the signed dynamic map, of a
     second moment v its root sqrt(v) by the unsigned map, where what is above 0 gets at least code 1. An element whose
-    gradient or new state is NaN or Inf is left alone, state and parameter, and counted.
+    gradient, new state or direction is NaN or Inf is left alone, state and parameter, and counted.
 
     Args:
         params: contiguous, fp32, fp16 or bf16.
         grads: of the same shapes, any of these dtypes.
-        steps: fp32, one element each: the number of this step, from 1 on.
+        steps: float64, one element each: the number of this step, from 1 on.
         states: for parameter i of n, ``states[i * k + s]`` are its k states in the rule's order, moments first: uint8
             codes or fp32, of the parameter's shape.
         absmax: of each state: fp32 [ceil(numel / 256)], or [rows, ceil(numel / rows / 256)] for blocks that do not
             cross rows; no elements for an fp32 state.
         compensation: empty, or per parameter Kahan's compensation in its 16-bit dtype, or no elements.
         nonfinite: int64 [1], to which the count of elements left alone is added.
-        table: from `optim_table` of the same lists.
+        table: from `optim_table` of the same lists; another one is an error, on a GPU a fault of the kernel.
         rule: sgd, momentum, adam, rmsprop, rmsprop_momentum, adagrad, lion, ademamix, lamb, lars or stable_adamw.
         hyper: lr, weight_decay, eps, beta1, beta2, beta3, dampening, alpha, alpha_steps, beta3_steps, lr_decay,
             trust_coefficient, decoupled, nesterov, bias_correction; a rule reads those it knows.
@@ -111,7 +111,7 @@ def optim_step(
     Example:
         >>> import octavo, torch
         >>> p, g = torch.ones(4), torch.full((4,), 2.0)
-        >>> lists = [p], [g], [torch.ones(1)], [], [], []
+        >>> lists = [p], [g], [torch.ones(1, dtype=torch.float64)], [], [], []
         >>> table = octavo.ops.optim_table(*lists, ids=[0])
         >>> octavo.ops.optim_step(*lists, torch.zeros(1, dtype=torch.int64), table, "sgd", [0.25] + [0.0] * 14)
         >>> p
@@ -161,7 +161,7 @@ def optim_sums(
         >>> import octavo, torch
         >>> p, g = torch.ones(4), torch.full((4,), 2.0)
         >>> states, absmax = [torch.zeros(4)], [torch.empty(0)]
-        >>> lists = [p], [g], [torch.ones(1)], states, absmax, []
+        >>> lists = [p], [g], [torch.ones(1, dtype=torch.float64)], states, absmax, []
         >>> table = octavo.ops.optim_table(*lists, ids=[0])
         >>> octavo.ops.optim_sums(*lists, table, "lars", [0.25] + [0.0] * 14)
         tensor([[ 4., 16.]], dtype=torch.float64)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blockwise.maps import dither, dither_key, fma, state_code, state_code_dithered, state_value
+from ..blockwise.maps import dither, dither_key, fma, state_code, state_value
 from ..core.hashing import mix_bits
 from .reference_rules import RULES, Factors, factors_of, sqrt
 
@@ -80,8 +80,24 @@ def optim_table(
         chunks += [position] * ((blocks + _CHUNK_BLOCKS - 1) // _CHUNK_BLOCKS)
         first_block += blocks
     pairs = torch.tensor(chunks + [0] * (len(chunks) % 2), dtype=torch.int32).view(torch.int64)
-    signed = [word - (1 << 64) if word >= 1 << 63 else word for word in words]
-    return torch.cat([torch.tensor(signed, dtype=torch.int64), pairs])
+    made = torch.cat([_int64(words), pairs])
+    mark = _mark([word if i % _WORDS != _WORDS - 2 else word & 0xFFFFFFFF for i, word in enumerate(words)] + chunks)
+    return torch.cat([made, _int64([mark])])
+
+
+def _int64(words: list[int]) -> Tensor:
+    return torch.tensor([word - (1 << 64) if word >= 1 << 63 else word for word in words], dtype=torch.int64)
+
+
+def _mark(words: list[int]) -> int:
+    """What a table was made of, but for the ids, in one word: the finalizer of splitmix64, word after word."""
+    mark, mask = 0x6F637461766F3038, (1 << 64) - 1
+    for word in words:
+        mark = ((mark ^ (word & mask)) + 0x9E3779B97F4A7C15) & mask
+        mark = (mark ^ mark >> 30) * 0xBF58476D1CE4E5B9 & mask
+        mark = (mark ^ mark >> 27) * 0x94D049BB133111EB & mask
+        mark ^= mark >> 31
+    return mark
 
 
 def _ids(table: Tensor, params: list[Tensor]) -> list[int]:
@@ -109,8 +125,8 @@ def _decode(codes: Tensor, absmax: Tensor, row: int, signed: bool) -> Tensor:
     return _from_blocks(blocks * absmax.reshape(-1, 1), row)
 
 
-def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor, key: int | None) -> tuple[Tensor, Tensor]:
-    """Codes and absmax; key: of the dither, None for the nearest codes."""
+def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """Codes and absmax; key: of the dither."""
     blocks = _blocks_of(x, row)
     # The map reaches from -0.99297 to 1.
     reach = torch.maximum(blocks, blocks * (torch.tensor(-1.0) / torch.tensor(0.992968738079071))) if signed else blocks
@@ -118,10 +134,8 @@ def _encode(x: Tensor, row: int, signed: bool, at_least: Tensor, key: int | None
     absmax = torch.where(absmax < 2.0**-126, 0.0, absmax.clamp(max=torch.finfo(torch.float32).max))
     inverse = torch.where(absmax == 0, 0.0, torch.div(torch.tensor(1.0, device=x.device), absmax))
     scaled = blocks * inverse[:, None]
-    if key is None:
-        return _from_blocks(state_code(scaled, signed), row), absmax
     draw = dither(key, _blocks_of(torch.arange(x.numel(), device=x.device), row))
-    return _from_blocks(state_code_dithered(scaled, signed, draw), row), absmax
+    return _from_blocks(state_code(scaled, signed, draw), row), absmax
 
 
 def _round_at_random(x: Tensor, row: int, seed: int, number: int, t: float) -> Tensor:
@@ -140,11 +154,11 @@ def _round_at_random(x: Tensor, row: int, seed: int, number: int, t: float) -> T
 
 
 def _direction(rule: str, f: Factors, p: Tensor, g: Tensor, old: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The direction, the states after the step, and where the step is valid: where they are finite."""
+    """The direction, the states after the step, and where the step is valid: where all are finite."""
     moments, second = STATES[rule]
     u, new, v = RULES[rule](f, p, f.grad * g, old[:moments], old[-1] if second else p)
     new = [*new, v] if second else new
-    finite = (new[-1] if new else u).isfinite()
+    finite = u.isfinite() & (new[-1] if new else u).isfinite()
     return u, new, finite & new[1].isfinite() if moments == 2 else finite
 
 
@@ -281,8 +295,8 @@ def optim_step(
             if quantized:
                 # An element that is left alone keeps its code under the same absmax.
                 left = (_blocks_of(valid.float().neg() + 1, row) > 0).any(1)
-                key = dither_key(number, t, s) if root or s == 1 else None  # s == 1: AdEMAMix's slow moment
-                value, most = _encode(value, row, not root, torch.where(left, scale.flatten(), 0.0), key)
+                at_least = torch.where(left, scale.flatten(), 0.0)
+                value, most = _encode(value, row, not root, at_least, dither_key(number, t, s))
                 scale.copy_(most.view_as(scale))
             state.copy_(value.view_as(state))
         if param.dtype is torch.bfloat16 and stochastic:

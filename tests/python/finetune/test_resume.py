@@ -27,7 +27,7 @@ from finetune_model import (
     train,
 )
 from octavo import models
-from octavo.finetune import Watcher, finetune, residual
+from octavo.finetune import Watcher, directory, finetune, residual
 from octavo.finetune.directory import open_run
 from octavo.finetune.run import _Trainer
 
@@ -237,11 +237,22 @@ def test_a_state_with_other_entries_is_damaged(files, died):
         ({"format": []}, r"format \[\]"),
         ({"step": 5}, "is of step 5, with 6 losses"),
     ):
-        path.write_text(json.dumps(whole | change))
+        changed = whole | change
+        path.write_text(json.dumps(changed | {"self": directory._own_hash(changed)}))
         with pytest.raises(ValueError, match=rf"step-00000006 is damaged \(.*{message}"):
             latest(died)
     path.write_text(json.dumps(whole))
     assert latest(died).step == 6
+    path.write_text(json.dumps({key: value for key, value in whole.items() if key != "self"}))
+    assert latest(died).step == 6  # octavo 0.1.0 wrote no hash of it
+    path.write_text(json.dumps(whole | {"steps": [steps[0] | {"loss": 1.5}, *steps[1:]]}))
+    with pytest.raises(ValueError, match=r"step-00000006 is damaged \(state\.json is not what was written"):
+        latest(died)
+    for name in ("../../../model/config.json", "/dev/zero"):
+        changed = whole | {"sha256": whole["sha256"] | {name: "0"}}
+        path.write_text(json.dumps(changed | {"self": directory._own_hash(changed)}))
+        with pytest.raises(ValueError, match=rf"state\.json, sha256, names '{name}', which is not in"):
+            latest(died)
     path.write_text("[" * 99999)
     with pytest.raises(ValueError, match="step-00000006 is damaged"):
         latest(died)
@@ -303,5 +314,5 @@ def test_another_number_of_threads_is_noted(files, died):
 
 def test_a_damaged_manifest(files, died):
     (died / "finetune.json").write_text("{")
-    with pytest.raises(ValueError, match=r"finetune.json is damaged or of another version \(JSONDecodeError"):
+    with pytest.raises(ValueError, match=r"finetune\.json is not JSON: .*: use another directory"):
         train(files, died, DYING, resume=True)

@@ -69,7 +69,10 @@ BAD_LINEAR4BIT: dict[str, tuple[dict[str, Any], str]] = {
     "utf8": ({f"{MARK}nf4": torch.full((9,), 255, dtype=torch.uint8)}, "is not JSON"),
     "empty": ({f"{MARK}nf4": STATE[f"{MARK}nf4"][:0]}, "is not JSON"),
     "deep": ({f"{MARK}nf4": torch.tensor(list(b"[" * 99999), dtype=torch.uint8)}, "is not JSON"),
-    "list": ({f"{MARK}nf4": torch.tensor(list(b"[1]"), dtype=torch.uint8)}, r"must hold an object, got b'\[1\]'"),
+    "list": (
+        {f"{MARK}nf4": torch.tensor(list(b"[1]"), dtype=torch.uint8)},
+        r"got list; it is b'\[1\]'",
+    ),
     "dtype": ({f"{MARK}nf4": STATE[f"{MARK}nf4"].int()}, "must be uint8 of one dimension, got torch.int32"),
     "type": ({f"{MARK}nf4": header(quant_type="fp4")}, "has quant_type = 'fp4'"),
     "unknown": ({f"{MARK}nf4": header(quant_type="int4")}, "has quant_type = 'int4'"),

@@ -60,7 +60,7 @@ def test_state_dict_holds_plain_tensors_and_its_version():
         "exp_avg_absmax": (torch.float32, (20,)),
         "exp_avg_sq_root": (torch.uint8, (5000,)),
         "exp_avg_sq_root_absmax": (torch.float32, (20,)),
-        "step": (torch.float32, ()),
+        "step": (torch.float64, ()),
     }
     assert state["state"][1]["exp_avg_absmax"].shape == (16, 2)  # whole blocks in each row
 
@@ -214,7 +214,7 @@ def test_states_of_bitsandbytes(
     optimizer.load_state_dict(through_a_file(saved))
     assert optimizer.param_groups[0]["lr"] == 3e-4
     state = optimizer.state[params[0]]
-    assert float(state["step"]) == 7.0 and state["step"].dtype is torch.float32
+    assert float(state["step"]) == 7.0 and state["step"].dtype is torch.float64
     for name, values in wanted.items():
         assert state[name].dtype is torch.uint8
         read = octavo.dequantize_blockwise(state[name], state[f"{name}_absmax"], signed="root" not in name)
