@@ -240,8 +240,8 @@ HD float state_value(const DynamicMap& map, uint32_t code) {
   return __builtin_fmaf(x, map.step[d], base);
 }
 
-// v: finite, at most 1 in magnitude but for rounding. Unsigned: v >= 0, and what is above 0 gets at least code 1. With a
-// dither from (-0.5, 0.5), different each time: the code above or below v, the nearer the likelier. The nearest code
+// v: finite, at most 1 in magnitude but for rounding. Unsigned: v >= 0, and what is above 0 gets at least code 1. With
+// a dither from (-0.5, 0.5), different each time: the code above or below v, the nearer the likelier. The nearest code
 // would hardly ever be another than the old one, where a step changes a state by less than a cell.
 HD uint32_t state_code(const DynamicMap& map, float v, float dither) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, v);

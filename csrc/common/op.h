@@ -172,11 +172,9 @@ struct Nothing<R(A...)> {
   STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                   \
     register_ops<Backend>(m);                                    \
   }
-#define OCTAVO_REGISTER_CPU(register_ops, make_backend)         \
-  make_backend(Cpu, OCTAVO_OF_CPU)                              \
-  make_backend(Checks, OCTAVO_OF_CHECKS)                        \
-  OCTAVO_REGISTER_FOR(Cpu, octavo, CPU, register_ops)           \
-  OCTAVO_REGISTER_FOR(Checks, octavo_checks, Meta, register_ops)
+#define OCTAVO_REGISTER_CPU(register_ops, make_backend)                                        \
+  make_backend(Cpu, OCTAVO_OF_CPU) make_backend(Checks, OCTAVO_OF_CHECKS) OCTAVO_REGISTER_FOR( \
+      Cpu, octavo, CPU, register_ops) OCTAVO_REGISTER_FOR(Checks, octavo_checks, Meta, register_ops)
 #ifdef OCTAVO_SIMT
 #define OCTAVO_REGISTER(register_ops, make_backend) \
   make_backend(Simt, OCTAVO_OF_SIMT) OCTAVO_REGISTER_FOR(Simt, octavo_simt, CPU, register_ops)

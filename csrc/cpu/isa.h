@@ -17,8 +17,9 @@ namespace octavo::cpu {
 // AVX-512 F/BW/DQ/VL + VNNI; amx means AMX int8 tiles, with the kernel's permission to use them.
 enum class Isa { portable, avx2, avx512, amx };
 
-Isa isa();                     // what the kernels use: the best there is, lowered by OCTAVO_CPU_ISA or set_isa()
-void set_isa(Isa);             // for calls that begin later; throws std::invalid_argument when this machine or build lacks the level
+Isa isa();  // what the kernels use: the best there is, lowered by OCTAVO_CPU_ISA or set_isa()
+// For calls that begin later; throws std::invalid_argument when this machine or build lacks the level.
+void set_isa(Isa);
 std::vector<Isa> available();  // levels that this build has and this machine can run
 const char* name_of(Isa);
 Isa isa_from_name(const std::string&);  // throws std::invalid_argument

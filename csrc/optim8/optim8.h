@@ -6,9 +6,9 @@ namespace octavo {
 // One step of an optimizer over many tensors. The arithmetic of each optimizer: rules.h. States are either fp32, or
 // 8-bit codes with one absmax per block (common/codebook.h): moments by the signed dynamic map, and of the second
 // moment v its root sqrt(v), by the unsigned map, where what is above 0 gets at least code 1, so that no root that a
-// moment is divided by rounds to 0. All are coded with dither: a step changes a state by (1 - beta) of what is new, which
-// is less than half the distance of two codes for slow betas in the upper decades, and for any beta in the lower ones:
-// the nearest code would be the old one for ever.
+// moment is divided by rounds to 0. All are coded with dither: a step changes a state by (1 - beta) of what is new,
+// which is less than half the distance of two codes for slow betas in the upper decades, and for any beta in the lower
+// ones: the nearest code would be the old one for ever.
 
 constexpr int kMaxStates = 3;
 constexpr int64_t kOptimBlock = 256;  // elements of a block

@@ -132,8 +132,7 @@ struct Chunk {
     if (!fill && !derive) return;
     __syncthreads();  // no warp is at the chunk before any more
     if (fill) {
-      UNROLL for (int m = 0; m < S::kCount; ++m)
-          fill_table(place.tables[m], kGpuMaps[m < Rule::kMoments]);
+      UNROLL for (int m = 0; m < S::kCount; ++m) fill_table(place.tables[m], kGpuMaps[m < Rule::kMoments]);
       filled = true;
     }
     if (derive) {

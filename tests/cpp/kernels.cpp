@@ -285,6 +285,7 @@ void test_decompose() {
 int main(int argc, char** argv) {
   using namespace kernels;
   const std::string prefix = argc > 1 ? argv[1] : "";
+  if (argc > 2) test::share = static_cast<uint32_t>(std::max(1, std::atoi(argv[2])));
   int ran = 0;
   for (const Backend& each : backends()) {
     if (!each.name.starts_with(prefix)) continue;

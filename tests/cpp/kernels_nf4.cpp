@@ -199,6 +199,7 @@ struct Sums {
 
 template <class T>
 void check_product(const Product& c, const LowBitData& data, int64_t m) {
+  if (test::left_out()) return;
   const int64_t inner = c.transposed ? c.n : c.k, outer = c.transposed ? c.k : c.n;
   Buffer<T> x(m * inner), out(m * outer);
   for (int64_t i = 0; i < x.size(); ++i) x[i] = from_float<T>(normal());

@@ -63,8 +63,8 @@ def parse_json(text: str | bytes, where: object, foreign: bool = False) -> dict[
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        numbers = {} if foreign else {"parse_constant": _refuse, "parse_float": _finite}
-        value = json.loads(text, object_pairs_hook=_unique, **numbers)
+        constant, real = (None, None) if foreign else (_refuse, _finite)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_float=real)
     except RecursionError:
         raise ValueError(f"{where} is not JSON: it is nested too deeply") from None
     except ValueError as error:
