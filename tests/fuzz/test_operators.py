@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import random
 import signal
+import threading
 from typing import Any
 
 import pytest
@@ -134,6 +135,29 @@ def test_what_the_guard_catches():
         ctypes.string_at(t.data_ptr(), 20 if number < 8 else 24)
 
     assert in_child(run, iter((7, 8, 9))) == ("ended by SIGSEGV", 8)
+
+
+def test_levels_that_change_meanwhile():
+    """An op asks the level for the size of a workspace and later for the loops that fill it: another thread may set
+    another level in between."""
+
+    def run(number: int) -> None:
+        levels, done = _C.build_info()["isa"], threading.Event()
+
+        def change() -> None:
+            while not done.is_set():
+                for level in levels:
+                    _C.set_isa(level)
+
+        thread = threading.Thread(target=change)
+        thread.start()
+        for at in range(300):
+            name = ("nf4_linear", "nf4_linear_transposed", "spqr_linear", "csr_matmul", "csr_grad_values")[at % 5]
+            outcome(getattr(torch.ops.octavo, name).default, CASES[name](Draw(at)))
+        done.set()
+        thread.join()
+
+    assert in_child(run, iter((0,))) == ("", 0)
 
 
 @pytest.mark.parametrize("name", sorted({"find_outlier_columns", *(n for n in CASES if n.startswith("quantize_"))}))

@@ -32,6 +32,16 @@ def test_all_none_and_exactly_the_threshold(ops: Ops):
     assert count.item() == 5000 and torch.equal(columns, torch.arange(5000, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("threshold", [1e-46, 1e-300, 1e-45])
+def test_thresholds_below_fp32(ops: Ops, threshold: float):
+    """A positive threshold stays positive: zeros are no outliers."""
+    x = torch.tensor([[0.0, 1e-45, -0.0, 1.0]])
+    columns, count = ops.find_outlier_columns(x, threshold)
+    assert count.item() == 2 and columns.tolist() == [1, 3, -1, -1]
+    for actual, expected in zip((columns, count), reference.find_outlier_columns(x, threshold), strict=True):
+        assert_same(actual, expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (7,), (2, 3, 9)], ids=str)
 def test_any_rank_and_empty(ops: Ops, shape: tuple[int, ...]):
     x = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
