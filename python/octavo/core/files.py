@@ -162,7 +162,7 @@ def indexed_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX
     if not index.is_file():
-        files = [inside(directory, path.name, directory) for path in sorted(directory.glob("*.safetensors"))]
+        files = sorted(directory.glob("*.safetensors"))  # links that nothing but their directory names are followed
     else:
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict):

@@ -170,7 +170,11 @@ def _sweep(target: Path) -> None:
 
 
 def _left(target: Path, *ends: str) -> list[Path]:
-    start, names = f".{target.name}.", os.listdir(target.parent)
+    start = f".{target.name}."
+    try:
+        names = os.listdir(target.parent)
+    except OSError:  # a directory that may be written, and not listed, or one that is not there
+        return []
     return [
         target.with_name(name)
         for name in sorted(names)

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.files import check_regular, inside, read_json
+from ..core.files import check_regular, read_json
 from ..spqr.linear import SpQRLinear
 from ..spqr.weight import SpQRWeight
 from ._spqr_layers import import_compressed_layer, import_legacy_layer
@@ -186,7 +186,6 @@ def _read_layer_files(where: Path, model: nn.Module | None) -> OfficialCheckpoin
     out = OfficialCheckpoint()
     folders = sorted((d for d in where.iterdir() if d.is_dir() and d.name.isdigit()), key=lambda d: int(d.name))
     for file in (file for folder in folders for file in sorted(folder.iterdir())):
-        inside(where, f"{file.parent.name}/{file.name}", where)
         name, layer = f"{file.parent.name}.{file.name}", _load(file)
         if isinstance(layer, _PickledLayer):
             _check_compressed_bits(file, {key: vars(layer).get(key) for key in ("bits", "beta1", "beta2")})
@@ -228,7 +227,6 @@ def _files_of_transformers(where: Path) -> list[Path]:
         raise ValueError(f"{config_path}: quantization_config must have quant_method 'spqr', got {method!r}")
     _check_compressed_bits(config_path, quantization)
     files = sorted(where.glob("*.safetensors")) or sorted(where.glob("pytorch_model*.bin"))
-    files = [inside(where, file.name, where) for file in files]
     if not files:
         raise ValueError(f"{where} has no safetensors files")
     return files

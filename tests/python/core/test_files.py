@@ -98,6 +98,9 @@ def test_an_index(tmp_path: Path):
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).write_bytes(b"x")
     assert [path.name for path in files.indexed_files(tmp_path)] == ["a.safetensors", "b.safetensors"]
+    (tmp_path / "c.safetensors").symlink_to(Path(__file__))  # of the user's own making
+    assert len(files.indexed_files(tmp_path)) == 3
+    (tmp_path / "c.safetensors").unlink()
     index.write_text(json.dumps({"weight_map": {"v": "b.safetensors", "w": "b.safetensors"}}))
     assert [path.name for path in files.indexed_files(tmp_path)] == ["b.safetensors"]
     index.write_text(json.dumps({"weight_map": {"w": "c.safetensors"}}))
