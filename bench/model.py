@@ -173,12 +173,13 @@ def prefill(network: Any, ids: Tensor) -> Callable[[], Any]:
 def decode(network: Any, prompt: Tensor, steps: int) -> Callable[[], Tensor]:
     """Greedy decoding of `steps` ids after the prompt, which the cache holds already. Each call does the same."""
     begin = prefill(network, prompt)()
-    first, cache = begin.logits[:, -1:].argmax(-1), begin.past_key_values
+    first, cached = begin.logits[:, -1:].argmax(-1), evaluate.cache_of(network, begin)
+    (cache,) = cached.values()
 
     def call() -> Tensor:
         ids = [first]
         for _ in range(steps):
-            out = network(ids[-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = network(ids[-1], **cached, use_cache=True, logits_to_keep=1)
             ids.append(out.logits[:, -1:].argmax(-1))
         cache.crop(-steps)
         return torch.cat(ids[1:], -1)[0]

@@ -1,6 +1,8 @@
 // GCC 12 takes 50 s for this file at -O3, where it peels the loops over lanes and then looks at every pair of their
-// stores; the portable level gains nothing by that.
+// stores; the portable level gains nothing by that. Sanitized builds stay at -O1.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #pragma GCC optimize("O2")
+#endif
 #define OCTAVO_ISA_LOOPS
 #include "cpu/vec_portable.h"
 #include "spqr/spqr_loops.h"

@@ -282,10 +282,13 @@ void test_decompose() {
 }  // namespace
 }  // namespace kernels
 
+// kernels_test [BACKEND [SHARE [aligned | unaligned]]]: the backends whose names begin so, or all; test::share; buffers
+// at one of the two kinds of addresses, or at both.
 int main(int argc, char** argv) {
   using namespace kernels;
   const std::string prefix = argc > 1 ? argv[1] : "";
   if (argc > 2) test::share = static_cast<uint32_t>(std::max(1, std::atoi(argv[2])));
+  const std::string addresses = argc > 3 ? argv[3] : "";
   int ran = 0;
   for (const Backend& each : backends()) {
     if (!each.name.starts_with(prefix)) continue;
@@ -293,6 +296,7 @@ int main(int argc, char** argv) {
     each.select();
     const int before = test::failures;
     for (const bool unaligned : {false, true}) {
+      if (!addresses.empty() && unaligned != (addresses == "unaligned")) continue;
       test::unaligned = unaligned;
       test_quantize();
       test_outlier();

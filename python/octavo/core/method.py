@@ -221,7 +221,7 @@ class Method(ABC):
 
         def model() -> nn.Module:
             torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32, bias=False))
+            return nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.GELU(), nn.Linear(96, 32, bias=False))
 
         return Trial(model, lambda: torch.randn(5, 64, generator=torch.Generator().manual_seed(1)))
 

@@ -332,27 +332,6 @@ def test_threads_do_not_change_bits(generator: torch.Generator):
         assert_bits(one, two)
 
 
-def test_more_elements_than_int32_counts():
-    if torch.cuda.is_available() or not _free_memory() > 12 << 30:
-        pytest.skip("needs 12 GiB of free memory on the CPU")
-    rows, columns = 1 << 17, (1 << 14) + 1  # 2^31 + 2^17 elements
-    x = torch.zeros(rows, columns, dtype=torch.bfloat16)
-    x[-1, -3:] = torch.tensor([0.5, -2.0, 1.0])
-    weight = octavo.quantize_4bit(x, blocksize=4096)
-    del x
-    assert weight.packed[-2:].tolist() == [0x7A, 0x0C]
-    assert weight.absmax[-1] == 2.0 and not weight.absmax[:-1].any()
-    last = torch.zeros(1, columns)
-    last[0, -2:] = torch.tensor([1.0, 8.0])
-    y = octavo.nf4_matmul(last, weight)[0]
-    assert y[-1] == -2 + 8 * 2 * reference.code_book("nf4")[12] and not y[:-1].any()
-
-
-def _free_memory() -> int:
-    with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-
-
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 ONES = torch.ones(100)
