@@ -76,6 +76,25 @@ def test_columns_equal_plain_pytorch(ops, generator, bits, group_size, stats, se
     assert all(t.isfinite().all() for t in expected)
 
 
+@pytest.mark.parametrize("second", [(0, 0), (3, 3)])
+@pytest.mark.parametrize("threshold", [float("inf"), 0.3])
+@pytest.mark.parametrize("large", [6e6, 1e12, 1e20, 1e26, 1e38, float("inf"), float("nan")])
+def test_columns_beyond_fp16_have_errors_that_are_not_finite(ops, generator, large, threshold, second):
+    """The row that exceeds fp16 says so, and the tiles that it is not in are as if it were not there."""
+    w, factor = torch.randn(48, 16, generator=generator), upper_factor(16, generator)
+    w[20, ::2] = large
+    w[20, 5] = -large
+    arguments = (factor, threshold, 3, 16, 16, *second)
+    results = ops.spqr_quantize_columns(w, *arguments)
+    error = results[-1]
+    assert not error[20].isfinite().all()
+    assert not reference.spqr_quantize_columns(w, *arguments)[-1][20].isfinite().all()
+    w[20] = 0.0
+    for got, expected in zip(results, reference.spqr_quantize_columns(w, *arguments), strict=True):
+        tile = len(got) // 3
+        assert torch.equal(got[:tile], expected[:tile]) and torch.equal(got[2 * tile :], expected[2 * tile :])
+
+
 def test_many_rows_on_two_threads(generator):
     """Tiles are independent: threads change nothing."""
     w, factor = torch.randn(1000, 128, generator=generator) * 100, upper_factor(128, generator)
