@@ -96,17 +96,28 @@ def make_task(
     return Task(name, model, loss, batches, evaluate)
 
 
-def contenders(beta2: float = 0.999, control: bool = False) -> Mapping[str, MakeOptimizer]:
+def contenders(
+    beta2: float = 0.999, control: bool = False, beta1: float = 0.9, lion: bool = False, incumbent: bool = False
+) -> Mapping[str, MakeOptimizer]:
     """The optimizers by name, the first the one that others are compared to."""
-    from octavo.optim import AdamW8bit
+    from octavo import optim
 
-    options: dict[str, Any] = {"betas": (0.9, beta2)}
-    made: dict[str, MakeOptimizer] = {
-        "AdamW": lambda model: torch.optim.AdamW(model.parameters(), **options),
-        "AdamW8bit": lambda model: AdamW8bit(model.parameters(), **options),
-    }
-    if control:  # the same arithmetic on 32-bit states: how far rounding errors alone drive two runs apart
-        made["AdamW8bit, bits=32"] = lambda model: AdamW8bit(model.parameters(), bits=32, **options)
+    options: dict[str, Any] = {"betas": (beta1, beta2)}
+    name = "Lion8bit" if lion else "AdamW8bit"
+    low: Any = getattr(optim, name)
+    made: dict[str, MakeOptimizer] = {}
+    if lion:  # torch has none
+        made["Lion"] = lambda model: low(model.parameters(), bits=32, **options)
+    else:
+        made["AdamW"] = lambda model: torch.optim.AdamW(model.parameters(), **options)
+    made[name] = lambda model: low(model.parameters(), **options)
+    if incumbent:
+        import bitsandbytes
+
+        other: Any = getattr(bitsandbytes.optim, name)
+        made[f"bitsandbytes {name}"] = lambda model: other(model.parameters(), **options)
+    if control and not lion:  # the same arithmetic on 32-bit states: how far rounding alone drives two runs apart
+        made["AdamW8bit, bits=32"] = lambda model: low(model.parameters(), bits=32, **options)
     return made
 
 
@@ -118,7 +129,14 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, no matrix is in 8 bit.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
+    beta1: Annotated[float, typer.Option(help="Decay of the first moment, for all optimizers.")] = 0.9,
     beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
+    lion: Annotated[
+        bool, typer.Option("--lion", help="Lion, with 32- and 8-bit state; its own decays are 0.9 and 0.99.")
+    ] = False,
+    incumbent: Annotated[
+        bool, typer.Option("--incumbent", help="Also the optimizer of bitsandbytes, which must be installed.")
+    ] = False,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradients, for all optimizers; 0: any.")] = 1.0,
     validation: Annotated[int, typer.Option(help="Bytes of held-out text to judge by.")] = 32768,
     stable_embedding: Annotated[
@@ -144,7 +162,8 @@ def main(
     task = make_task(batch, context, width, layers, validation=validation, embedding=embedding)
     console.print(f"{task.name}: {parameters(task):,} parameters, {len(text()[0]):,} bytes to learn from")
     begin = time.perf_counter()
-    runs = train(task, contenders(beta2, control), Schedule(lr, steps // 10, steps), seeds, max(1, steps // 12), clip)
+    made = contenders(beta2, control, beta1, lion, incumbent)
+    runs = train(task, made, Schedule(lr, steps // 10, steps), seeds, max(1, steps // 12), clip)
     show(task, runs, "nats per byte")
     write(task, runs, settings, time.perf_counter() - begin, out)
 

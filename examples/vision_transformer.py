@@ -124,7 +124,14 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, few states are in 8 bit.")] = 96,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 1e-3,
+    beta1: Annotated[float, typer.Option(help="Decay of the first moment, for all optimizers.")] = 0.9,
     beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
+    lion: Annotated[
+        bool, typer.Option("--lion", help="Lion, with 32- and 8-bit state; its own decays are 0.9 and 0.99.")
+    ] = False,
+    incumbent: Annotated[
+        bool, typer.Option("--incumbent", help="Also the optimizer of bitsandbytes, which must be installed.")
+    ] = False,
     validation: Annotated[int, typer.Option(help="Pictures to judge by, of the 10,000 for testing.")] = 10000,
     control: Annotated[
         bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
@@ -144,7 +151,8 @@ def main(
         task = make_task(data, batch, patch, width, layers, validation)
     console.print(f"{task.name}: {parameters(task):,} parameters")
     begin = time.perf_counter()
-    runs = train(task, contenders(beta2, control), Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
+    made = contenders(beta2, control, beta1, lion, incumbent)
+    runs = train(task, made, Schedule(lr, steps // 10, steps), seeds, every=max(1, steps // 12))
     show(task, runs, "nats")
     write(task, runs, settings, time.perf_counter() - begin, out)
 

@@ -67,6 +67,16 @@ def test_byte_language_model(example: Any, tmp_path: Path) -> None:
     assert record["settings"]["steps"] == 4 and record["machine"]["octavo"] == octavo.__version__
 
 
+def test_slow_betas_and_lion(example: Any, tmp_path: Path) -> None:
+    options = ("--seeds", 1, "--context", 64, "--validation", 1024, "--lion", "--beta2", 0.99, "--lr", 3e-4)
+    result = run(example("byte_language_model"), *TINY, *options, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    runs = {r["optimizer"]: r for r in read(tmp_path, "byte_language_model")["runs"]}
+    assert [*runs] == ["Lion", "Lion8bit"]
+    assert runs["Lion"]["state_bytes_8bit"] == 0 < runs["Lion8bit"]["state_bytes_8bit"]
+    assert abs(runs["Lion8bit"]["final"]["loss"] - runs["Lion"]["final"]["loss"]) < 0.1
+
+
 def test_language_model_text(example: Any) -> None:
     learned, held_out = example("byte_language_model").text()
     assert len(learned) > 1e6 and len(held_out) > 1e5
