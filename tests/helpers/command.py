@@ -55,13 +55,13 @@ def left_behind(folder):
 
 def refused(result, *messages):
     assert result.exit_code == 1
-    assert result.stdout == ""
+    assert result.stdout == "", result.stdout
     lines = result.stderr.splitlines()
     said = [line for line in lines if line.startswith("octavo: error:")]
     assert len(said) == 1, result.stderr
     assert "Traceback" not in result.stderr
     for message in messages:
-        assert message in said[0]
+        assert message in said[0], f"{message!r} is not in {said[0]!r}"
 
 
 @pytest.fixture(autouse=True)

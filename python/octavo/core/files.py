@@ -262,6 +262,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def is_left_over(name: str) -> bool:
+    """Whether a file's name is that of what `replace_file` writes first: a process that was killed may leave one.
+
+    Example:
+        >>> from octavo.core.files import is_left_over
+        >>> is_left_over(".note.txt.4711.tmp"), is_left_over("note.tmp")
+        (True, False)
+    """
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 _FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "PytorchStreamWriter failed")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..core.checks import is_number
-from ..core.files import inside, read_json, replace_file, sha256_of
+from ..core.files import inside, is_left_over, read_json, replace_file, sha256_of
 from ..core.stored import new_directory
 from ..lora.peft_format import FILES
 
@@ -271,7 +271,7 @@ def open_run(path: str | os.PathLike[str], resume: bool) -> Iterator[RunDirector
     if not new:
         if not where.is_dir():
             raise FileExistsError(f"{where} exists and is not a directory")
-        entries = sorted(entry.name for entry in where.iterdir())
+        entries = sorted(entry.name for entry in where.iterdir() if not is_left_over(entry.name))
         if entries and MANIFEST not in entries:
             raise FileExistsError(
                 f"{where} exists, and holds {entries[0]} but no {MANIFEST}: it is no directory of a run; name another"

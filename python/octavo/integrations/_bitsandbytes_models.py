@@ -43,7 +43,7 @@ def build(path: Path, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known:
         raise ValueError(f"{path}: transformers {transformers.__version__} has no model class {architecture!r}")
-    config = transformers.AutoConfig.from_pretrained(path)
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     options = _options(path, checkpoint, quantization or {})
     config.quantization_config = _InMemory(skip=(), **options)
     names = {torch_dtype: name for name, torch_dtype in SAFETENSORS_DTYPES.items()}

@@ -165,7 +165,7 @@ def _build_transformers_model(name: str, path: Path, hashes: dict[str, str]) -> 
         raise FileNotFoundError(f"{path} has no config.json, which a {name} needs")
     _check_configs(path, hashes)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         with _parameters_on_meta():
             model: Any = cls(config)
         if (path / "generation_config.json").is_file():

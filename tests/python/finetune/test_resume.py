@@ -190,6 +190,14 @@ def test_a_run_that_died(files, runs, died, monkeypatch):
     assert not [p for p in died.iterdir() if p.name.startswith(".")]
 
 
+def test_a_run_that_died_before_it_had_a_manifest(files, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".finetune.json.4711.tmp").write_text("{")
+    assert train(files, out, settings(steps=1)).finished
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
 def test_resume_without_a_run_begins_one(files, tmp_path):
     assert train(files, tmp_path / "out", settings(steps=1), resume=True).finished
 
