@@ -16,6 +16,7 @@ def main(
     out: str | Path | None = None,
     threads: int | Sequence[int] | None = None,
     device: str = "cpu",
+    console: Any = None,
 ) -> dict[str, Any]:
     """Run one family, or all of them, and return each one's record.
 
@@ -25,6 +26,7 @@ def main(
         out: folder for FAMILY-<time>.json (and PNGs where a family draws any); None only prints.
         threads: thread counts to measure one after another; None takes torch's.
         device: "cpu" or "cuda".
+        console: of rich, for the tables; None prints.
 
     Raises:
         ValueError: unknown family, or a thread count below 1.
@@ -39,7 +41,7 @@ def main(
     if any(count < 1 for count in counts):
         raise ValueError(f"threads must be at least 1, got {counts}")
     folder = None if out is None else Path(out)
-    console = Console()
+    console = Console() if console is None else console
     if not console.is_terminal:
         console.width = 160  # of the 80 that rich would assume, tables lose half their figures
     records = {}

@@ -71,8 +71,8 @@ def test_quantize_rowwise(device, threshold):
 
 
 @pytest.mark.parametrize(
-    "name", ["quantize_columnwise", "quantize_tensorwise", "quantize_rowwise_columnwise", "quantize_tensorwise_transpose",
-             "quantize_columnwise_transpose", "quantize_rowwise_columnwise_transpose"]
+    "name", ["quantize_columnwise", "quantize_tensorwise", "quantize_rowwise_columnwise",
+             "quantize_tensorwise_transpose", "quantize_columnwise_transpose", "quantize_rowwise_columnwise_transpose"]
 )  # fmt: skip
 def test_other_scales(device, name):
     need(14, device)

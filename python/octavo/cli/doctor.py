@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .. import _C, ops, reference
 from .._version import __version__
 from ..core.no_cuda import REBUILD
 from ..models.sources import SMOLLM2_COMMAND
+from .shared import say
 
 # package -> (what it is for, the extra or the command that brings it)
 _PACKAGES = {
@@ -33,48 +34,54 @@ _PACKAGES = {
 }
 
 
-def examine(console: Console) -> bool:
-    """Print what is here and what to do about what is not; False if an operator gives a wrong result."""
+def examine() -> dict[str, Any]:
+    """What is here and what to do about what is not; under "wrong" the operators that give a wrong result."""
     info, advice = _C.build_info(), []
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("octavo", f"{__version__}, {Path(_C.__file__).parent}")
-    table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
-    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    table.add_row("built with", str(info["compiler"]))
-
     active = _C.isa().name
-    table.add_row("CPU kernels", f"{active} (of {', '.join(info['isa'])} that this CPU and build have)")
+    found: dict[str, Any] = {
+        "octavo": f"{__version__}, {Path(_C.__file__).parent}",
+        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "built with": str(info["compiler"]),
+        "CPU kernels": f"{active} (of {', '.join(info['isa'])} that this CPU and build have)",
+    }
     if active != info["isa"][-1]:
         reason = f"OCTAVO_CPU_ISA={os.environ['OCTAVO_CPU_ISA']}" if "OCTAVO_CPU_ISA" in os.environ else "set_isa"
         advice.append(f"the CPU kernels run at {active}, not {info['isa'][-1]}: {reason} lowers them")
-    table.add_row(
-        "CUDA kernels", f"built for {info['cuda_archs']}" if info["cuda"] else f"not in this build; {REBUILD}"
-    )
-    table.add_row("CUDA devices", _devices() or "none that torch sees")
+    found["CUDA kernels"] = f"built for {info['cuda_archs']}" if info["cuda"] else f"not in this build; {REBUILD}"
+    found["CUDA devices"] = _devices() or "none that torch sees"
     advice += _cuda_advice(bool(info["cuda"]))
-
+    missing = []
     for package, (purpose, extra) in _PACKAGES.items():
         try:
-            table.add_row(package, metadata.version(package))
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            table.add_row(package, f"[dim]not installed: {purpose}[/dim]")
+            found[package] = f"not installed: {purpose}"
+            missing.append(package)
             if extra != "peers":
                 command = extra if " " in extra else f"pip install 'octavo[{extra}]'"
                 advice.append(f"for {purpose}: {command}")
-
     wrong = _wrong_operators("cpu") + (_wrong_operators("cuda") if info["cuda"] and torch.cuda.is_available() else [])
-    checked = f"[red]wrong: {escape(', '.join(wrong))}[/red]" if wrong else "agree with the reference"
-    table.add_row("operators", checked)
+    found["operators"] = f"wrong: {', '.join(wrong)}" if wrong else "agree with the reference"
     if wrong:
         advice.append(
             "an operator is wrong here: please report it with all of the above; OCTAVO_CPU_ISA=portable may help"
         )
+    return {**found, "missing": missing, "wrong": wrong, "advice": advice}
+
+
+def show(console: Console, found: dict[str, Any]) -> None:
+    """Print what `examine` found."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in found.items():
+        if isinstance(value, str):
+            style = "dim" if name in found["missing"] else "red" if name == "operators" and found["wrong"] else ""
+            table.add_row(Text(name), Text(value, style, overflow="fold"))
     console.print(table)
-    for line in advice:
-        console.print(f"[yellow]-[/yellow] {escape(line)}", soft_wrap=True)
-    if not advice:
+    for line in found["advice"]:
+        say(console, f"- {line}")
+    if not found["advice"]:
         console.print("nothing is missing")
-    return not wrong
 
 
 def _devices() -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..core.method import UNQUANTIZED, is_unquantized
+from ..core.method import method_of_description
+from ..core.progress import progress_bar
+from ..lora.peft_format import read_quantization
 from .app import app
 from .options import Calibration, method_option, method_options, options_of
-from .shared import SOURCE_HELP, Threads, console, one_line_errors
+from .shared import (
+    SOURCE_HELP,
+    AsJson,
+    Quiet,
+    Threads,
+    console,
+    one_line_errors,
+    say,
+    show_command,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -90,6 +99,11 @@ def finetune(
     save_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; two are kept.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the adapters, the order of windows and dropout.")] = 0,
     device: Annotated[str | None, typer.Option(show_default="cuda, or else cpu", help="cpu or cuda.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew in DIR, whatever run is there; what it made is removed.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     threads: Threads = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
@@ -109,7 +123,7 @@ def finetune(
     from ..finetune import Settings
     from ..finetune import finetune as run
 
-    with one_line_errors():
+    with one_line_errors(quiet), _usage():
         recipe = Settings(
             method=str(method),
             quantization=settings or {},
@@ -139,30 +153,67 @@ def finetune(
             seed=seed,
             device=device,
         )
+        recipe.check()
+    if resume and overwrite:
+        raise typer.BadParameter("--resume goes on with what --overwrite would remove", param_hint="--overwrite")
+    with one_line_errors(quiet):
         signals = _Signals()
         with signals.installed(), _progress(console(stderr=True), signals) as watcher:
-            result = run(model, text, out, recipe, resume=resume, watcher=watcher, stop=signals.received)
-    _print(console(), result)
-    if result.adapter is not None:
-        command = shlex.join(generate_command(model, result.adapter, recipe))
-        console().print(f"to try it: {command}", soft_wrap=True, markup=False, highlight=False)
+            result = run(
+                model, text, out, recipe, resume=resume, overwrite=overwrite, watcher=watcher, stop=signals.received
+            )
+    if as_json:
+        print(json.dumps(_as_json(out, result), indent=1))
+    else:
+        _print(console(), result)
+    if result.adapter is not None and not (as_json or quiet):
+        say(console(), "to try it:")
+        show_command(console(), generate_command(model, result.adapter, recipe))
     if not result.finished:
         assert signals.number is not None
-        console(stderr=True).print(
+        say(
+            console(stderr=True),
             f"stopped by {signal.Signals(signals.number).name} after step {result.steps} of {result.total}; a "
-            f"checkpoint is in {escape(str(out))}. To go on: the same command with --resume",
-            soft_wrap=True,
+            f"checkpoint is in {out}. To go on: the same command with --resume",
         )
         raise typer.Exit(128 + signals.number)
 
 
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What a setting cannot be is wrong usage: exit code 2, as for an option that does not exist."""
+    try:
+        yield
+    except ValueError as error:
+        name = str(error).split(" ", 1)[0]
+        hint = f"--{name.replace('_', '-')}" if name.isidentifier() else None
+        raise typer.BadParameter(str(error), param_hint=hint) from None
+
+
+def _as_json(out: Path, result: Result) -> dict[str, Any]:
+    return {
+        "directory": str(out),
+        "adapter": None if result.adapter is None else str(result.adapter),
+        "finished": result.finished,
+        "steps": result.steps,
+        "total": result.total,
+        "perplexities": result.perplexities,
+        "tokens_per_s": result.tokens_per_s if math.isfinite(result.tokens_per_s) else None,
+    }
+
+
 def generate_command(model: str, adapter: Path, settings: Settings) -> list[str]:
-    """The command that loads the base as it was trained on, with this adapter."""
-    method = UNQUANTIZED[0] if is_unquantized(settings.method) else settings.method
-    words = ["octavo", "generate", model, "--adapter", str(adapter), "--method", method, "--dtype", settings.dtype]
-    if settings.base is not None:
-        words += options_of(method, settings.base[1])
-    return words if settings.calibration is None else [*words, "--calibration", settings.calibration]
+    """The command that loads the base as it was trained on, with this adapter, which records what it can."""
+    words = ["octavo", "generate", model, "--adapter", str(adapter), "--dtype", settings.dtype]
+    if settings.base is None:
+        return words
+    options = options_of(settings.method, settings.base[1])
+    recorded = method_of_description(read_quantization(adapter) or "")
+    if settings.calibration is not None:
+        options += ["--calibration", settings.calibration]
+    elif recorded is not None and options == options_of(settings.method, recorded[1]):
+        return words
+    return [*words, "--method", settings.method, *options]
 
 
 class _Signals:
@@ -195,32 +246,29 @@ class _Signals:
 def _progress(console: Console, signals: _Signals) -> Iterator[Watcher]:
     from ..finetune import Watcher
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, speed="")
+    with progress_bar("", None, console=console) as bar:
 
         class Shown(Watcher):
             def __init__(self) -> None:
                 self.loss = self.perplexity = self.rate = math.nan
 
             def stage(self, what: str) -> None:
-                bar.update(task, description=what)
+                bar.show(what)
 
             def begin(self, total: int, history: Any) -> None:
                 signals.training = True
-                bar.reset(task, total=total, completed=len(history.steps), description="training")
+                bar.show("training", len(history.steps), total)
                 if history.steps:
                     console.print(f"going on after step {len(history.steps)} of {total}")
 
-            def describe(self, more: str = "") -> None:
-                text = "training" if math.isnan(self.loss) else f"loss {self.loss:.3f}"
-                text += "" if math.isnan(self.perplexity) else f", held-out perplexity {self.perplexity:.2f}"
-                bar.update(task, description=text + more)
+            def describe(self, more: str = "", completed: int | None = None) -> None:
+                text = "training" if math.isnan(self.loss) else f"loss {self.loss:.3f}, {self.rate:.0f} tokens/s"
+                text += "" if math.isnan(self.perplexity) else f", perplexity {self.perplexity:.2f}"
+                bar.show(text + more, completed)
 
             def step(self, line: Mapping[str, float]) -> None:
                 self.loss, self.rate = line["loss"], line["tokens"] / max(line["seconds"], 1e-9)
-                bar.update(task, completed=line["step"], speed=f"{self.rate:.0f} tokens/s")
-                self.describe()
+                self.describe(completed=int(line["step"]))
 
             def evaluating(self, window: int, windows: int) -> None:
                 self.describe(f", window {window} of {windows}")
@@ -232,7 +280,7 @@ def _progress(console: Console, signals: _Signals) -> Iterator[Watcher]:
                 self.describe()
 
             def note(self, text: str) -> None:
-                console.print(f"note: {escape(text)}", soft_wrap=True)
+                say(console, f"note: {text}")
 
         yield Shown()
 
@@ -252,4 +300,4 @@ def _print(console: Console, result: Result) -> None:
     if result.steps:
         console.print(as_table(result.memory))
     if result.adapter is not None:
-        console.print(f"written: {escape(str(result.adapter))}, and beside it losses.jsonl, losses.png, finetune.json")
+        say(console, f"written: {result.adapter}, and beside it losses.jsonl, losses.png, finetune.json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +20,7 @@ from ..lora.linear import check_adapter_name
 from ..lora.peft_format import FILES, read_config, read_quantization
 from .app import app
 from .options import Calibration, check_settings, method_option, method_options
-from .shared import DTYPES, SOURCE_HELP, Threads, console, known_dtype, one_line_errors
+from .shared import DTYPES, SOURCE_HELP, AsJson, Quiet, Threads, console, known_dtype, one_line_errors, say
 
 _BARE = "none"  # the adapter that is none: the base alone
 
@@ -56,6 +58,8 @@ def generate(
         str,
         typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16, of what is not quantized."),
     ] = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     threads: Threads = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
@@ -71,7 +75,7 @@ def generate(
     octavo generate smollm2 --chat
     ```
     """
-    with one_line_errors():
+    with one_line_errors(quiet):
         wanted = _parse(adapter or ())
         _check_files(wanted)  # before the base, which takes long to load
         session = _Session(
@@ -83,10 +87,64 @@ def generate(
         text = sys.stdin.read() if prompt is None else prompt
         if not text.strip():
             raise ValueError("the prompt is empty: give --prompt, or text on standard input")
+        answers = []
         for name in session.names:
-            if len(session.names) > 1:
+            if len(session.names) > 1 and not as_json:
                 console().print(f"[bold]{escape(name)}[/bold]")
-            session.answer(text, name)
+            begin = time.perf_counter()
+            answer, count = session.answer(text, name, show=not as_json)
+            seconds = time.perf_counter() - begin
+            answers.append({"adapter": name, "prompt": text, "answer": answer, "tokens": count, "seconds": seconds})
+    if as_json:
+        print(json.dumps(answers, indent=1))
+
+
+@app.command()
+@method_options(without=("context", "samples", "resume"), training=True, method_from_adapter=True)
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", show_default=False, help=SOURCE_HELP)],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DIR", show_default=False, help="A LoRA adapter, as of octavo generate."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", show_default="the model's own", help="What the model is told first.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 512,
+    method: method_option(  # type: ignore[valid-type]
+        "Quantize MODEL while loading.", unquantized=True, shown="what the adapter was trained on, or else none"
+    ) = None,
+    calibration: Calibration = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: always the likeliest token. Higher: more at random.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16, of what is not quantized."),
+    ] = "auto",
+    quiet: Quiet = False,
+    threads: Threads = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """A conversation with MODEL, which remembers what was said.
+
+    Answers appear as they are made; Ctrl-C stops an answer, and not the program. `/exit` or Ctrl-D ends it, `/clear`
+    forgets everything, `/adapter NAME` switches, `/help` says so. From a pipe, every line is a message.
+
+    ```sh
+    octavo chat smollm2
+    octavo chat ./Llama-3.1-8B --method nf4 --adapter ./my-adapter --system "Answer in one sentence."
+    ```
+    """
+    with one_line_errors(quiet):
+        wanted = _parse(adapter or ())
+        _check_files(wanted)
+        session = _Session(
+            model, method, DTYPES[dtype], wanted, True, max_tokens, temperature, seed, settings or {}, calibration
+        )
+        session.remember(system)
+        session.converse(greet=not quiet)
 
 
 def _parse(entries: Sequence[str]) -> dict[str, Path | None]:
@@ -172,7 +230,9 @@ class _Session:
                         f"warning: adapter {name} was trained on a base whose quantization is {trained_on[name]}; here "
                         f"it is {base_now}: answers may be worse"
                     )
-                    console(stderr=True).print(message, soft_wrap=True, markup=False, highlight=False)
+                    say(console(stderr=True), message)
+        self.said: list[dict[str, str]] | None = None  # only a conversation remembers
+        self.system: list[dict[str, str]] = []
         self.names = list(wanted) or [_BARE]
         self.switch(self.names[0])
 
@@ -184,14 +244,20 @@ class _Session:
             adapters.set_adapter(self.model, None if name == _BARE else name)
         self.active = name
 
-    def answer(self, text: str, name: str) -> None:
-        """Print what the model says, token by token."""
+    def remember(self, system: str | None) -> None:
+        """From here on what was said stays in mind."""
+        self.system = [] if system is None else [{"role": "system", "content": system}]
+        self.said = [*self.system]
+
+    def answer(self, text: str, name: str, show: bool = True) -> tuple[str, int]:
+        """What the model says, printed token by token if `show`, and its count of tokens. Ctrl-C ends it early, in a
+        conversation, and what was said until then is remembered."""
         import torch
         from transformers import TextStreamer
 
         self.switch(name)
+        turn = [*(self.said or ()), {"role": "user", "content": text}]
         if self.chat:
-            turn = [{"role": "user", "content": text}]
             ids = self.tokenizer.apply_chat_template(
                 turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
@@ -199,35 +265,85 @@ class _Session:
             ids = self.tokenizer(text, return_tensors="pt").input_ids
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and ids.shape[1] >= positions:
-            raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model {positions} positions")
+            hint = "; /clear forgets what was said" if self.said is not None else ""
+            raise ValueError(f"the prompt has {ids.shape[1]} tokens, the model {positions} positions{hint}")
         room = self.max_tokens if positions is None else min(self.max_tokens, positions - ids.shape[1])
         how: dict[str, Any] = {"do_sample": self.temperature > 0.0}
         if self.temperature:
             torch.manual_seed(self.seed)
             how["temperature"] = self.temperature
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        ids = ids.to(self.model.device)
-        with torch.inference_mode():
-            self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, streamer=streamer, **how)
+        made: list[int] = []
 
-    def converse(self) -> None:
-        """Prompts from a terminal, until its end."""
-        console(stderr=True).print(f"adapters: {', '.join(self.names)}; /adapter NAME switches, /quit ends")
+        class Streamer(TextStreamer):  # type: ignore[misc]
+            """Keeps what it is given, and prints words as soon as they are whole."""
+
+            def put(self, value: Any) -> None:
+                if not self.next_tokens_are_prompt:
+                    made.extend(value.flatten().tolist())
+                super().put(value)
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                if show:
+                    super().on_finalized_text(text, stream_end)
+
+        streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = ids.to(self.model.device)
+        try:
+            with torch.inference_mode():
+                mask = torch.ones_like(ids)
+                self.model.generate(ids, attention_mask=mask, max_new_tokens=room, streamer=streamer, **how)
+        except KeyboardInterrupt:
+            if self.said is None:
+                raise
+            streamer.end()
+        answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
+        if self.said is not None:
+            self.said = [*turn, {"role": "assistant", "content": answer}]
+        return answer, len(made)
+
+    def converse(self, greet: bool = True) -> None:
+        """Prompts from a terminal, or lines from a pipe, until their end."""
+        terminal = sys.stdin.isatty()
+        hints = ["/adapter NAME switches" if len(self.names) > 1 or self.names != [_BARE] else "", "/exit ends"]
+        if self.said is not None:
+            hints.insert(0, "Ctrl-C stops an answer, /clear forgets")
+        help = ", ".join(hint for hint in hints if hint)
+        if greet and terminal:
+            say(console(stderr=True), f"{', '.join(self.names)}: {help}" if self.names != [_BARE] else help)
         while True:
             try:
-                line = input(f"{self.active}> ").strip()
-            except (EOFError, KeyboardInterrupt):
+                line = input(f"{self.active}> " if self.names != [_BARE] else "> ") if terminal else _next_line()
+            except EOFError:
                 return
+            except KeyboardInterrupt:
+                if self.said is None:
+                    return
+                print(file=sys.stderr)
+                continue
+            line = line.strip()
             command, _, rest = line.partition(" ")
             try:
-                if command == "/quit":
+                if command in ("/quit", "/exit"):
                     return
-                if command == "/adapter":
+                if command == "/help":
+                    say(console(stderr=True), help)
+                elif command == "/clear" and self.said is not None:
+                    self.said = [*self.system]
+                elif command == "/adapter":
                     self.switch(rest.strip())
                 elif line:
+                    if not terminal:
+                        print(f"> {line}")
                     self.answer(line, self.active)
             except ValueError as error:
-                console(stderr=True).print(escape(str(error)))
+                say(console(stderr=True), str(error))
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
 
 
 def _method_of(recorded: str | None, source: Any, calibration: Path | None) -> tuple[str, dict[str, Any]]:

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import models
 from ..core.method import UNQUANTIZED
+from ..core.progress import progress_bar
 from ..models import evaluate
 
 
 def measure(
-    console: Console,
-    model: Path,
+    model: str,
     text: Path,
     context: int,
     limit: int | None,
@@ -26,35 +24,26 @@ def measure(
     calibration: Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that `octavo eval` prints; progress goes to `console`.
+    """Everything that `octavo eval` prints.
 
     Raises:
         ModelError, OSError, ValueError: the model or the text cannot be read, or the text is too short.
     """
-    source = models.find_source(model)
+    source = models.resolve(model)
     tokenizer = models.load_tokenizer(source)
     ids = evaluate.windows(models.tokens_of(tokenizer, text), context, limit)
     of_torch = None if dtype is None else getattr(torch, dtype)
     network = models.load_base(source, method, of_torch, calibration=calibration, training=False, **(settings or {}))
     models.check_context(network, context, model)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("perplexity", total=len(ids))
-
-        def show(score: evaluate.Score) -> None:
-            bar.update(task, advance=1, description=f"perplexity {score.perplexity:.3f}")
-
-        score = evaluate.perplexity(network, ids, show)
-        rounds = 3
-        turns = bar.add_task("speed", total=rounds)
+    with progress_bar("perplexity", len(ids)) as bar:
+        score = evaluate.perplexity(network, ids, lambda score: bar(f"{score.perplexity:.3f}"))
+    rounds = 3
+    with progress_bar("speed, round", rounds) as bar:
         (speed,) = evaluate.speed(
-            [network],
-            ids[0],
-            rounds=rounds,
-            begin=lambda turn, _: bar.update(turns, completed=turn, description=f"speed, round {turn} of {rounds}"),
+            [network], ids[0], rounds=rounds, begin=lambda turn, _: bar.show(f"{turn} of {rounds}", turn - 1)
         )
     return {
-        "model": str(model),
+        "model": model,
         "text": str(text),
         "context": context,
         "windows": len(ids),

@@ -3,32 +3,74 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shlex
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from ..core.progress import hidden_progress
+from .foreign import muted
 
 DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# What a function says of its arguments, as the command line has them.
+_SPELLINGS = {"pass overwrite=True to": "give --overwrite to", "resume it,": "give --resume to go on,"}
 
 
-def console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+def console(stderr: bool = False, quiet: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, quiet=quiet)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print lines that are wrapped between words: a path or an option is never cut, however narrow the terminal."""
+    for line in text.splitlines():
+        wrapped = textwrap.fill(line, max(console.width, 20), break_long_words=False, break_on_hyphens=False)
+        console.print(wrapped, soft_wrap=True, markup=False, style=style)
+
+
+def show_command(console: Console, words: Sequence[str]) -> None:
+    """Print a command to copy: an option and its value to a line where one line does not hold all."""
+    quoted = [shlex.quote(word) for word in words]
+    line = "  " + " ".join(quoted)
+    if len(line) > console.width:
+        parts: list[str] = []
+        for word in quoted:
+            joins = parts and not word.startswith("--") and len(parts[-1]) + len(word) < console.width - 8
+            parts = [*parts[:-1], f"{parts[-1]} {word}"] if joins else [*parts, word]
+        line = "  " + " \\\n      ".join(parts)
+    console.print(line, soft_wrap=True, markup=False)
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Expected errors become one line on stderr and exit code 1; set OCTAVO_TRACEBACK=1 to see where they are from."""
+def one_line_errors(quiet: bool = False) -> Iterator[None]:
+    """Expected errors become one sentence on stderr and exit code 1, and other libraries print nothing; set
+    OCTAVO_TRACEBACK=1 to see where errors are from, and what they print.
+
+    Args:
+        quiet: show no progress.
+    """
     try:
-        yield
+        with muted(), hidden_progress(quiet):
+            yield
     except (OSError, ValueError, MemoryError, NotImplementedError) as error:
         if os.environ.get("OCTAVO_TRACEBACK"):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        console(stderr=True).print(f"[bold red]octavo: error:[/bold red] {escape(message)}", soft_wrap=True)
+        say(console(stderr=True), f"octavo: error: {_sentence(error)}", style="red")
         raise typer.Exit(1) from None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.errno is not None:
+        text = error.strerror or text
+    for spoken, typed in _SPELLINGS.items():
+        text = text.replace(spoken, typed)
+    return " ".join(text.split()) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
 
 
 def use_threads(count: int | None) -> int | None:
@@ -49,5 +91,7 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", callback=use_threads, show_default="PyTorch's choice", help="CPU threads."),
 ]
-SOURCE_HELP = "A transformers directory, a GGUF file, OWNER/NAME on the hub, or smollm2."
-MODEL_HELP = "A transformers directory, one that octavo wrote, or a GGUF file."
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no hints.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+SOURCE_HELP = "A transformers directory, one that octavo wrote, a GGUF file, OWNER/NAME on the hub, or smollm2."

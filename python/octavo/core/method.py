@@ -181,7 +181,7 @@ class Method(ABC):
         Returns:
             The report's layers, and names of layers that were left alone after all, with the reason.
         """
-        with progress_bar("quantize", len(targets), progress) as done:
+        with progress_bar("quantizing", len(targets), progress) as done:
             return replace_each(model, targets, done, lambda t: self.quantize_linear(t.linear, settings)), {}
 
     def quantize_stored(self, weight: Tensor, settings: Any) -> dict[str, Tensor]:

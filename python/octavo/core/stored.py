@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,6 +82,47 @@ def new_directory(
         if lock is not None:
             os.close(lock)
     shutil.rmtree(temporary, ignore_errors=True)  # the old one, if there was one
+
+
+def fill_directory(target: str | os.PathLike[str], names: Sequence[str], overwrite: bool) -> Path:
+    """Make a directory for results whose files have these names, which are replaced if `overwrite`.
+
+    Raises:
+        FileExistsError, OSError: see `check_fillable`; it cannot be made.
+
+    Example:
+        >>> from octavo.core.stored import fill_directory
+        >>> fill_directory("results", ["a.json"], overwrite=False)
+        PosixPath('results')
+        >>> (_ / "a.json").write_text("{}")
+        2
+        >>> fill_directory("results", ["a.json"], overwrite=False)
+        Traceback (most recent call last):
+        FileExistsError: results exists and holds a.json; pass overwrite=True to replace it
+    """
+    check_fillable(target, names, overwrite)
+    folder = Path(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_fillable(target: str | os.PathLike[str], names: Sequence[str], overwrite: bool) -> None:
+    """Before the work: that `fill_directory` will do.
+
+    Raises:
+        FileExistsError: it is no directory, or holds one of these files and `overwrite` is not given.
+        OSError: it cannot be written.
+    """
+    folder = Path(target)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} exists and is not a directory")
+    if not overwrite and (there := [name for name in names if (folder / name).exists()]):
+        raise FileExistsError(f"{folder} exists and holds {there[0]}; pass overwrite=True to replace it")
+    above = folder
+    while not above.exists():
+        above = above.parent
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, "cannot be written", str(above))
 
 
 def _check_target(target: Path, overwrite: bool, marker: str) -> None:

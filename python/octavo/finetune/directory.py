@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,10 @@ class RunDirectory:
     def check_unfinished(self) -> None:
         """FileExistsError if the run in this directory is done."""
         if (self.path / MANIFEST).exists() and self._read_manifest().get("finished"):
-            raise FileExistsError(f"{self.path} holds a run that is finished; name another directory")
+            raise FileExistsError(
+                f"{self.path} holds a run that is finished; name another directory, or pass overwrite=True to replace "
+                "it"
+            )
 
     # ---- losses ----
 
@@ -243,6 +246,24 @@ class RunDirectory:
     def remove_checkpoints(self) -> None:
         shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
 
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What is there is as good as gone in this block, and comes back if the block raises before a run began."""
+        old = self.path / f".replaced.{os.getpid()}.old"
+        old.mkdir()
+        for entry in [*self.path.iterdir()]:
+            if entry != old:
+                entry.rename(old / entry.name)
+        try:
+            yield
+        except BaseException:
+            if not (self.path / MANIFEST).exists():
+                for entry in [*old.iterdir()]:
+                    entry.rename(self.path / entry.name)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
     def sweep(self) -> None:
         """Remove what a run that was killed left half-written."""
         for folder in (self.path, self.path / _CHECKPOINTS):
@@ -252,7 +273,7 @@ class RunDirectory:
 
 
 @contextmanager
-def open_run(path: str | os.PathLike[str], resume: bool) -> Iterator[RunDirectory]:
+def open_run(path: str | os.PathLike[str], resume: bool, overwrite: bool = False) -> Iterator[RunDirectory]:
     """The directory of a run, for this process alone.
 
     If the block raises before there is a manifest, the directory is as it was: it is gone if it was not there.
@@ -260,6 +281,7 @@ def open_run(path: str | os.PathLike[str], resume: bool) -> Iterator[RunDirector
     Args:
         path: to be made, in a directory that exists; or empty; or with `resume`, of a run that is not finished.
         resume: go on with the run that is there, if there is one.
+        overwrite: what a run left there, finished or not, is removed once the new one has begun.
 
     Raises:
         FileExistsError: there is something else.
@@ -277,9 +299,13 @@ def open_run(path: str | os.PathLike[str], resume: bool) -> Iterator[RunDirector
                 f"{where} exists, and holds {entries[0]} but no {MANIFEST}: it is no directory of a run; name another"
             )
         run = RunDirectory(where)
-        run.check_unfinished()
-        if entries and not resume:
-            raise FileExistsError(f"{where} holds a run that is not finished: resume it, or name another directory")
+        if not overwrite:
+            run.check_unfinished()
+            if entries and not resume:
+                raise FileExistsError(
+                    f"{where} holds a run that is not finished: resume it, name another directory, or pass "
+                    "overwrite=True to begin anew"
+                )
     elif not where.parent.is_dir():
         raise FileNotFoundError(f"cannot write {where}: there is no directory {where.parent}")
     try:
@@ -293,7 +319,8 @@ def open_run(path: str | os.PathLike[str], resume: bool) -> Iterator[RunDirector
     try:
         with _locked(where):
             run.sweep()
-            yield run
+            with run.set_aside() if overwrite else nullcontext():
+                yield run
     except BaseException:
         if new and not any(where.iterdir()):
             where.rmdir()

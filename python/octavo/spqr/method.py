@@ -135,7 +135,7 @@ class _Calibrated(Method):
             store = Store(settings.resume, fingerprint(model, config, batches))
         names = {target.linear: target.names for target in targets}
         layers: list[LayerReport] = []
-        with progress_bar("quantize", len(targets), progress) as done:
+        with progress_bar("quantizing", len(targets), progress) as done:
 
             def measured(linear: nn.Linear, codes: SpQRCodes) -> None:
                 share = f", {codes.outlier_share:.2%} outliers" if config.has_outliers else ""

@@ -194,8 +194,8 @@ def spqr_quantize_columns(
             elements without a second level. Where a tile's statistics are equal, or so close that fp16 cannot tell
             them apart, scale is their middle, zero 0, and the codes 1.
         residual: fp16 [n, k], 0 where no outlier is.
-        error: fp32 [n, k], e of the result: subtract ``error @ U[block, after]`` from the columns after the block. A row
-            whose weights, statistics or residuals exceed fp16, or are NaN, has an error that is NaN or Inf, and no
+        error: fp32 [n, k], e of the result: subtract ``error @ U[block, after]`` from the columns after the block. A
+            row whose weights, statistics or residuals exceed fp16, or are NaN, has an error that is NaN or Inf, and no
             meaning; nor have the rows that share its statistics.
 
     Example:
