@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 import torch
 
@@ -47,6 +50,12 @@ def byte_tokenizer():
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
     fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return fast
+
+
+def shown_command(output):
+    """The words of the command that is shown after "to try it:"."""
+    shown = output.split("to try it:\n")[1]
+    return shlex.split(re.match(r"(?:.*\\\n)*.*\n", shown)[0].replace("\\\n", " "))
 
 
 def left_behind(folder):

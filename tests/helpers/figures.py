@@ -202,7 +202,8 @@ def comparisons() -> list[str]:
 
 
 def flat_modules() -> list[str]:
-    return sorted(path.name for path in PACKAGE.glob("*.py"))
+    """`python -m octavo` reads __main__.py: it is no module to import."""
+    return sorted(path.name for path in PACKAGE.glob("*.py") if path.name != "__main__.py")
 
 
 def public_names() -> list[str]:

@@ -207,11 +207,12 @@ def generate_command(model: str, adapter: Path, settings: Settings) -> list[str]
     words = ["octavo", "generate", model, "--adapter", str(adapter), "--dtype", settings.dtype]
     if settings.base is None:
         return words
-    options = options_of(settings.method, settings.base[1])
+    method, given = settings.base
+    options = options_of(settings.method, given)
     recorded = method_of_description(read_quantization(adapter) or "")
     if settings.calibration is not None:
         options += ["--calibration", settings.calibration]
-    elif recorded is not None and options == options_of(settings.method, recorded[1]):
+    elif recorded is not None and recorded[0] is method and method.settings(recorded[1]) == method.settings(given):
         return words
     return [*words, "--method", settings.method, *options]
 

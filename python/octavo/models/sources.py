@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +17,7 @@ from ..core.low_bit import LowBitLinear
 from ..core.method import find_method, is_unquantized, method_names
 from ..core.stored import MANIFEST, new_directory
 from ..core.targets import SKIP, as_patterns, matches
+from .gguf_reader import parsed_once
 from .quantize import quantize_model
 from .saved import TOKENIZER_FILES, load_quantized
 
@@ -210,7 +210,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
         keywords["quantization_config"] = quantization_config
     if keywords["quantization_config"] is None:  # given as None, it would switch off what config.json says
         del keywords["quantization_config"]
-    with _explained(source, "model"), _parsed_once():
+    with _explained(source, "model"), parsed_once():
         if source.kind == "transformers":
             indexed_files(source.path)  # transformers would follow an index to any file
         return transformers.AutoModelForCausalLM.from_pretrained(directory, **_LOCAL, **keywords).eval()
@@ -244,7 +244,7 @@ def load_tokenizer(source: Source) -> Any:
     directory, keywords = source.path, {}
     if source.kind == "gguf":
         directory, keywords = source.path.parent, {"gguf_file": source.path.name}
-    with _explained(source, "tokenizer"), _parsed_once():
+    with _explained(source, "tokenizer"), parsed_once():
         return _transformers().AutoTokenizer.from_pretrained(directory, **_LOCAL, **keywords)
 
 
@@ -462,35 +462,6 @@ def load_base(
         given["tokenizer"] = load_tokenizer(source) if tokenizer is None else tokenizer
     quantize_model(model, found.name, calibration=calibration, progress=progress, **given)
     return model
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """transformers parses a GGUF file for the configuration, the weights and the tokenizer each, which takes seconds;
-    the last one that was parsed is kept."""
-    try:
-        import gguf
-    except ImportError:  # `_explained` says so
-        yield
-        return
-    parse = gguf.GGUFReader
-
-    def read(path: Any, *arguments: Any, **options: Any) -> Any:
-        if arguments or options:
-            return parse(path, *arguments, **options)
-        about = os.stat(path)
-        return _parse(parse, os.path.realpath(path), (about.st_mtime_ns, about.st_size, about.st_ino))
-
-    gguf.GGUFReader = read
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = parse
-
-
-@functools.lru_cache(maxsize=1)
-def _parse(parse: Callable[[str], Any], path: str, version: tuple[int, ...]) -> Any:
-    return parse(path)
 
 
 def _has_tokenizer(source: Source) -> bool:

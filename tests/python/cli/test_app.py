@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -17,8 +18,10 @@ import octavo  # noqa: E402
 from command import TEXT, byte_tokenizer, left_behind, octavo_, refused  # noqa: E402
 from octavo import models  # noqa: E402
 from octavo.cli import demo  # noqa: E402
+from octavo.core.progress import Bar  # noqa: E402
 from octavo.integrations.bitsandbytes import to_bitsandbytes_state  # noqa: E402
 from octavo.models import evaluate  # noqa: E402
+from octavo.models.gguf_reader import parsed_once  # noqa: E402
 from octavo.nn import Int8Linear, NF4Linear  # noqa: E402
 from rich.console import Console  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -203,7 +206,9 @@ def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "main", lambda family, **keywords: calls.append((family, keywords)))
     result = octavo_("bench", "int8", "--quick", "--out", tmp_path, "--threads", 1, "--threads", 2)
     assert result.exit_code == 0, result.output
-    assert calls == [("int8", {"quick": True, "out": tmp_path, "threads": [1, 2], "device": "cpu"})]
+    ((family, given),) = calls
+    assert given.pop("console") is not None
+    assert (family, given) == ("int8", {"quick": True, "out": tmp_path, "threads": [1, 2], "device": "cpu"})
 
 
 def test_demo(monkeypatch, source, tmp_path):
@@ -234,42 +239,52 @@ def test_demo(monkeypatch, source, tmp_path):
     assert full["step_s"] > 0 and small["step_s"] > 0
     phases = ["reading SmolLM2-135M-Instruct", "quantizing", "accuracy", "speed", "answers"]
     assert list(record["phases"]) == [*phases, "one training step, in turns"]
-    assert result.stderr.splitlines() == [f"octavo demo: {phase}" for phase in record["phases"]]
+    said = [re.sub(r" \(\d+\)$", "", line) for line in result.stderr.splitlines()]
+    assert said == [
+        "octavo: reading SmolLM2-135M-Instruct", "octavo: reading weights",
+        *(f"octavo: {phase}" for phase in [*record["phases"]][1:]),
+    ]  # fmt: skip
     assert result.stdout.startswith("SmolLM2-135M-Instruct, 2 x 128 tokens")  # and no word of progress before it
 
 
 def test_demo_shows_what_runs(monkeypatch, source):
     shown = []
-    monkeypatch.setattr(demo.Progress, "update", lambda self, task, **what: shown.append(what))
+    monkeypatch.setattr(Bar, "show", lambda self, *what: shown.append((self.what, *what)))
     reference = models.load_model(models.find_source(source))
     ids = torch.arange(64).reshape(2, 32)
     with demo._Phases(Console(file=io.StringIO(), force_terminal=True, width=80)) as phases:
         phases.begin("quantizing")
         candidates = [demo._make(method, reference, ids, phases) for method in demo.contenders()]
-        seen = {what["description"]: (what["completed"], what["total"]) for what in shown}
-        assert [seen[f"quantizing SpQR, 3 bits: layer {n} of 14"] for n in (1, 7, 14)] == [(1, 14), (7, 14), (14, 14)]
-        assert {f"quantizing {method.name}" for method in demo.contenders()} < set(seen)
+        expected = [("quantizing", f"SpQR, 3 bits: layer {n} of 14", n, 14) for n in (1, 7, 14)]
+        assert set(expected) < set(shown)
+        assert {("quantizing", method.name, 0, None) for method in demo.contenders()} < set(shown)
         shown.clear()
         phases.begin("speed", 2 * len(candidates))
         names = [method.name for method in demo.contenders()]
         evaluate.speed(candidates, ids[0], 2, 2, True, lambda n, i: phases.turn(f"round {n} of 2: {names[i]}"))
-    expected = [f"speed round {n} of 2: {name}" for n in (1, 2) for name in names]
-    assert [what["description"] for what in shown] == expected
-    assert [what["completed"] for what in shown] == list(range(len(expected)))
+    turns = [f"round {n} of 2: {name}" for n in (1, 2) for name in names]
+    assert shown == [("speed", turn, number, None) for number, turn in enumerate(turns)]
     assert "set_submodule" not in {name for model in candidates for name in vars(model)}
     assert list(phases.seconds) == ["quantizing", "speed"]
 
 
-def test_demo_parses_a_gguf_file_once(monkeypatch):
+def test_a_gguf_file_is_parsed_once(monkeypatch, tmp_path):
     import gguf
 
+    files = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    for file in files:
+        file.write_bytes(b"GGUF")
     parsed = []
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or object())
     before = gguf.GGUFReader
-    with demo._parsed_once():
-        assert gguf.GGUFReader("a.gguf") is gguf.GGUFReader("a.gguf")
-        assert gguf.GGUFReader("b.gguf") is not gguf.GGUFReader("a.gguf")
-    assert parsed == ["a.gguf", "b.gguf"]
+    with parsed_once():
+        first = gguf.GGUFReader(files[0])
+    with parsed_once():
+        assert gguf.GGUFReader(files[0]) is first
+        files[0].write_bytes(b"GGUF, changed")
+        assert gguf.GGUFReader(files[0]) is not first
+        assert gguf.GGUFReader(files[1]) is not first
+    assert parsed == [str(files[0]), str(files[0]), str(files[1])]
     assert gguf.GGUFReader is before
 
 
@@ -280,10 +295,9 @@ def test_demo_progress_is_drawn_on_a_terminal_alone():
         with demo._Phases(Console(file=file, force_terminal=terminal, width=80)) as phases:
             phases.begin("quantizing", 210)
             phases.show("SpQR, 3 bits: layer 57 of 210", 57)
-            phases._bar.refresh()
         drawn[terminal] = file.getvalue()
-    assert "quantizing SpQR, 3 bits: layer 57 of 210" in drawn[True]
-    assert drawn[False] == "octavo demo: quantizing\n"
+    assert "quantizing SpQR, 3 bits: layer 57" in drawn[True]
+    assert drawn[False] == "octavo: quantizing (210)\n"
 
 
 def test_demo_tables_are_whole_in_80_columns():

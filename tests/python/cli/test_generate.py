@@ -130,6 +130,7 @@ def test_a_conversation(files, monkeypatch):
 
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     from octavo.cli.generate import _Session
 
     session = _Session(str(files / "base"), "none", None, {"a": files / "a", "b": files / "b"}, False, 6, 0.0, 0)
@@ -147,6 +148,7 @@ def test_a_conversation_prints_answers_and_errors(files, monkeypatch, capsys):
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     from octavo.cli.generate import _Session
 
     _Session(str(files / "base"), "none", None, {"a": files / "a", "b": files / "b"}, False, 6, 0.0, 0).converse()
