@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import models
 from .._version import __version__
+from ..core.console import say
 from ..core.files import read_json
 from ..core.progress import progress_bar
 from ..core.stored import check_fillable, fill_directory
@@ -201,7 +202,8 @@ def _print(console: Console, record: dict[str, Any], out: Path) -> None:
     table.title += str(settings["group_size"])
     kinds = tuple(plots.KINDS)
     table.add_column("projection", no_wrap=True)
-    for heading in (*kinds, "of\ntotal", "error,\nrounding", "error,\nGPTQ"):
+    headings = [kind if len(kind) < 10 else "no\nstructure" for kind in kinds]
+    for heading in (*headings, "of\ntotal", "error,\nrounding", "error,\nGPTQ"):
         table.add_column(heading, justify="right")
     for projection, layers in plots.by_projection(record["weights"]["layers"]).items():
 
@@ -221,4 +223,4 @@ def _print(console: Console, record: dict[str, Any], out: Path) -> None:
         "Means over layers.",
         style="dim",
     )
-    console.print(f"written to {out}: {', '.join(_FILES)}; {record['seconds']:.0f} s")
+    say(console, f"written to {out}: {', '.join(_FILES)}; {record['seconds']:.0f} s")

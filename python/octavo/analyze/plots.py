@@ -63,6 +63,20 @@ def _lines(axis: Any, groups: Mapping[str, Sequence[Mapping[str, Any]]], key: st
         axis.plot([x["depth"] for x in layers], [scale * x[key] for x in layers], label=name, **_style(index))
 
 
+def _whole_layers(*axes: Any) -> None:
+    """There is no layer between two."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _nothing(axis: Any, why: str) -> None:
+    axis.text(0.5, 0.5, why, ha="center", va="center", transform=axis.transAxes)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
 def _head(record: Mapping[str, Any]) -> str:
     text = f"{Path(record['text']).name}, {record['windows']} x {record['context']} tokens"
     return f"{record['model']} on {text}: perplexity {record['perplexity']:.2f}"
@@ -93,6 +107,8 @@ def activations(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], 
         if points:
             style = _style(index) | {"linestyle": "", "alpha": 0.6}
             axis.plot(*zip(*points, strict=True), label=names[entry["projection"]], **style)
+    if not any(entry["dimensions"] for entry in seen["projections"]):
+        axis.text(50, 1, f"none reaches {threshold:g}", ha="center")
     low = (100 * criterion["layers"], 100 * criterion["positions"])
     axis.plot([low[0], low[0], 105], [105, low[1], low[1]], color="black", linestyle=":", label="outlier features")
     axis.set_yscale("symlog", linthresh=0.1)
@@ -110,13 +126,14 @@ def activations(record: Mapping[str, Any], others: Sequence[Mapping[str, Any]], 
         dimensions, depths = entry["top"]["dimensions"], entry["top"]["depths"]
         axis.set_xticks(range(len(dimensions)), dimensions, rotation=90, fontsize="x-small")
         axis.set_yticks(range(len(depths)), depths, fontsize="x-small")
+        axis.set_title(f"Dimensions in most layers: input of {names[entry['projection']]}", fontsize="medium")
+        axis.set(xlabel="dimension", ylabel="layer")
     else:
-        axis.text(0.5, 0.5, f"no dimension reaches {threshold:g}", ha="center", transform=axis.transAxes)
-    title = f"Dimensions in most layers: input of {names[entry['projection']]}"
-    axis.set_title(title, fontsize="medium")
-    axis.set(xlabel="dimension", ylabel="layer")
+        axis.set_title("Dimensions in most layers", fontsize="medium")
+        _nothing(axis, f"no dimension reaches {threshold:g} in any layer;\nthe largest magnitude is at the top right")
 
     _against_perplexity(axes[1, 2], record, others)
+    _whole_layers(*axes[0])
     for axis in (*axes[0], axes[1, 0], axes[1, 2]):
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")
@@ -191,6 +208,7 @@ def weights(record: Mapping[str, Any], path: Path) -> None:
 
     _lines(axes[1, 2], groups, "share_of_sensitivity", 100)
     axes[1, 2].set(title=f"Sensitivity carried by a layer's {most}", xlabel="layer", ylabel="% of the layer's sum")
+    _whole_layers(axes[0, 1], axes[0, 2], axes[1, 2])
     for axis in axes.flat[1:]:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")

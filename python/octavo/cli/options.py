@@ -76,7 +76,12 @@ def method_options(
 
         @functools.wraps(command)
         def wrapped(**arguments: Any) -> Any:
+            off = {name for name in options if arguments.pop(_off(name), False)}
             given = {name: value for name in options if (value := arguments.pop(name)) is not None}
+            if both := off & given.keys():
+                flags = ", ".join(flag_of(name, about(options[name][0][1])) for name in both)
+                raise typer.BadParameter("given both on and off", param_hint=flags)
+            given |= dict.fromkeys(off, False)
             if arguments.get("method") is not None or not method_from_adapter:
                 with one_line_errors():
                     check_settings(arguments.get("method"), given)
@@ -84,7 +89,7 @@ def method_options(
 
         signature = inspect.signature(command, eval_str=True)
         kept = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
-        added = [_parameter(name, entries, training) for name, entries in options.items()]
+        added = [p for name, entries in options.items() for p in _parameters(name, entries, training)]
         at = next(i for i, parameter in enumerate(kept) if parameter.name == "method") + 1
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*kept[:at], *added, *kept[at:])]
         wrapped.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -161,7 +166,14 @@ def _origin(kind: Any) -> Any:
     return typing.get_origin(kind) or kind
 
 
-def _parameter(name: str, entries: list[tuple[Method, dataclasses.Field[Any]]], training: bool) -> inspect.Parameter:
+def _off(name: str) -> str:
+    return f"no_{name}"
+
+
+def _parameters(
+    name: str, entries: list[tuple[Method, dataclasses.Field[Any]]], training: bool
+) -> list[inspect.Parameter]:
+    """The option of a setting; of a switch also the hidden one that turns it off, for which the help has no room."""
     by_help: dict[str, list[str]] = {}
     for method, entry in entries:
         by_help.setdefault(about(entry).help, []).append(method.name)
@@ -170,7 +182,6 @@ def _parameter(name: str, entries: list[tuple[Method, dataclasses.Field[Any]]], 
     known, kind = about(entry), _type_of(first, name)
     default = first.for_training.get(name, entry.default) if training else entry.default
     flag = flag_of(name, known)
-    declared = f"{flag}/--no-{flag.removeprefix('--')}" if kind is bool else flag
     shown: Any = known.shown or (False if default is None else str(default))
     if kind is bool:
         shown = "on" if default else "off"
@@ -178,6 +189,15 @@ def _parameter(name: str, entries: list[tuple[Method, dataclasses.Field[Any]]], 
     if kind in (int, float):  # where methods differ, the widest range; the method's own settings check their value
         least, most = ([getattr(about(e), end) for _, e in entries] for end in ("least", "most"))
         range_of = {"min": None if None in least else min(least), "max": None if None in most else max(most)}
-    described = typer.Option(declared, help=help, show_default=shown, metavar=known.metavar, **range_of)
-    annotation = Annotated[kind | None, described]  # type: ignore[valid-type]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    made = []
+    if kind is bool:
+        off = f"--no-{flag.removeprefix('--')}"
+        help += f" {off} is its opposite."
+        made.append(_keyword(_off(name), bool, False, typer.Option(off, hidden=True)))
+    described = typer.Option(flag, help=help, show_default=shown, metavar=known.metavar, **range_of)
+    return [_keyword(name, kind | None, None, described), *made]
+
+
+def _keyword(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..core.console import say as say
 from ..core.progress import hidden_progress
 from .foreign import muted
 
@@ -22,13 +22,6 @@ _SPELLINGS = {"pass overwrite=True to": "give --overwrite to", "resume it,": "gi
 
 def console(stderr: bool = False, quiet: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, quiet=quiet)
-
-
-def say(console: Console, text: str, style: str | None = None) -> None:
-    """Print lines that are wrapped between words: a path or an option is never cut, however narrow the terminal."""
-    for line in text.splitlines():
-        wrapped = textwrap.fill(line, max(console.width, 20), break_long_words=False, break_on_hyphens=False)
-        console.print(wrapped, soft_wrap=True, markup=False, style=style)
 
 
 def show_command(console: Console, words: Sequence[str]) -> None:
@@ -65,7 +58,8 @@ def one_line_errors(quiet: bool = False) -> Iterator[None]:
 def _sentence(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
+        missing = isinstance(error, FileNotFoundError)
+        text = f"{error.filename} does not exist" if missing else f"{error.filename}: {error.strerror}"
     elif isinstance(error, OSError) and error.errno is not None:
         text = error.strerror or text
     for spoken, typed in _SPELLINGS.items():

@@ -118,7 +118,7 @@ def test_errors_say_what_is_wrong_and_leave_nothing(files, tmp_path):
     for source, words, changed, out, message in (
         (tmp_path / "none", text, {}, "out", "none does not exist"),
         (tmp_path / "int8", text, {}, "out", "is quantized already (awq); give the model that it was made from"),
-        (model, tmp_path / "none.txt", {}, "out", "No such file or directory"),
+        (model, tmp_path / "none.txt", {}, "out", "none.txt does not exist"),
         (
             model,
             tmp_path / "short.txt",

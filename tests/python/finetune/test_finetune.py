@@ -81,8 +81,10 @@ def test_learns_and_writes_everything(files, tmp_path):
     answers = [
         CliRunner().invoke(app, [*words, "--prompt", "It is", "--max-tokens", "5"])
         for words in (
-            command, [*command, "--method", "nf4", "--double-quant"], [*command, "--method", "nf4", "--no-double-quant"]
-        )  # fmt: skip
+            command,
+            [*command, "--method", "nf4", "--double-quant"],
+            [*command, "--method", "nf4", "--no-double-quant"],
+        )
     ]
     assert [answer.exit_code for answer in answers] == [0, 0, 0], answers
     assert answers[0].stdout == answers[1].stdout and answers[0].stdout.strip()

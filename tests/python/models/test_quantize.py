@@ -7,8 +7,8 @@ import weakref
 import octavo
 import pytest
 import torch
-from rich.progress import Progress
 from octavo.nn import Int8Linear, NF4Linear
+from rich.progress import Progress
 from torch import nn
 
 
