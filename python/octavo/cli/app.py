@@ -337,9 +337,7 @@ def bench(
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where demo.json and demo.png go.")] = Path("octavo-demo"),
     windows: Annotated[int, typer.Option(min=1, metavar="N", help="How much text: N windows of 512 tokens.")] = 3,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Four methods, one window of text: less than a minute.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Three rows, one window of text: less than a minute.")] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

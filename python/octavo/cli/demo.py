@@ -121,8 +121,14 @@ def contenders() -> tuple[Contender, ...]:
 
 
 def _quick() -> tuple[Contender, ...]:
-    """fp32, and the first row of each method that needs no data."""
-    names = {m.showcase[0][0] for m in all_methods().values() if m.showcase and not m.needs_calibration}
+    """fp32, and the methods that take a weight at a time, with their default settings."""
+    names = {
+        title
+        for method in all_methods().values()
+        if method.in_stream
+        for title, settings, _ in method.showcase
+        if method.settings(settings) == method.settings({})
+    }
     return tuple(row for row in contenders() if row.apply is None or row.name in names)
 
 
@@ -143,7 +149,7 @@ def run(
         windows: of text, to judge by.
         rounds: that speeds are medians of.
         methods: the rows; None: all.
-        quick: one row a method that needs no data, one window, one round, no training step.
+        quick: fp32 and the methods that take a weight at a time, one window, one round, no training step.
         overwrite: `out` may hold the results of another run.
 
     Returns:

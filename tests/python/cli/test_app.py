@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("gguf")
 
 import octavo  # noqa: E402
-from command import TEXT, byte_tokenizer, left_behind, octavo_, refused  # noqa: E402
+from command import TEXT, byte_tokenizer, left_behind, octavo_, refused, tiny  # noqa: E402
 from octavo import models  # noqa: E402
 from octavo.cli import demo  # noqa: E402
 from octavo.core.progress import Bar  # noqa: E402
@@ -199,6 +199,62 @@ def test_eval_of_what_save_quantized_wrote(source, tmp_path, text):
     assert json.loads(result.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_results_as_json(source, text, tmp_path):
+    text.write_text(TEXT * 20)
+    done = octavo_("quantize", source, tmp_path / "q", "--method", "nf4", "--json", "--quiet", "--dtype", "bf16")
+    assert done.exit_code == 0 and done.stderr == "", done.stderr
+    found = json.loads(done.stdout)
+    assert found["layers"] == 14 and list(found["left_alone"]) == ["lm_head"] and found["rest_dtype"] == "bfloat16"
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert found["bytes_16_bit"] == 2 * sum(p.numel() for p in model.parameters())
+    assert found["bytes_after"] == models.find_source(tmp_path / "q").bytes < 0.7 * found["bytes_16_bit"]
+    said = octavo_("generate", tmp_path / "q", "--prompt", "It is", "--max-tokens", 3, "--json")
+    (answer,) = json.loads(said.stdout)
+    assert answer["adapter"] == "none" and answer["tokens"] == 3
+    plain = octavo_("generate", tmp_path / "q", "--prompt", "It is", "--max-tokens", 3)
+    assert plain.stdout.strip() == answer["answer"]
+    out = tmp_path / "run"
+    options = ["--context", 32, "--batch", 2, "--steps", 2, "--rank", 4, "--eval-windows", 1, "--json", "--quiet"]
+    run = octavo_("finetune", source, "--text", text, "--out", out, *options)
+    assert run.exit_code == 0 and json.loads(run.stdout)["finished"] is True
+    assert json.loads(octavo_("doctor", "--json").stdout)["wrong"] == []
+    command = ["analyze", source, "--text", text, "--context", 64, "--windows", 2, "--out", tmp_path / "a", "--json"]
+    assert json.loads(octavo_(*command).stdout)["windows"] == 2
+
+
+def test_overwrite_replaces_what_the_command_wrote_and_nothing_else(source, text, tmp_path):
+    text.write_text(TEXT * 20)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    assert octavo_("quantize", source, tmp_path / "mine", "--overwrite").exit_code == 1
+    run = ["finetune", source, "--text", text, "--context", 32, "--batch", 2, "--rank", 4, "--eval-windows", 1]
+    assert octavo_(*run, "--steps", 1, "--out", tmp_path / "mine", "--overwrite").exit_code == 1
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    assert octavo_(*run, "--steps", 1, "--out", tmp_path / "run").exit_code == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    failed = octavo_(*run, "--steps", 1, "--out", tmp_path / "run", "--overwrite", "--method", "int8", "--rank", 65)
+    assert failed.exit_code == 1 and "rank 65 is more than" in failed.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert octavo_(*run, "--steps", 2, "--out", tmp_path / "run", "--overwrite").exit_code == 0
+    assert json.loads((tmp_path / "run" / "finetune.json").read_text())["results"]["steps"] == 2
+
+
+def test_a_saved_model_brings_its_tokenizer(source, text, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    octavo.quantize_model(model, progress=False)
+    octavo.save_quantized(model, tmp_path / "own")
+    nameless = tiny()
+    octavo.quantize_model(nameless, progress=False)
+    octavo.save_quantized(nameless, tmp_path / "given", tokenizer=byte_tokenizer())
+    octavo.save_quantized(nameless, tmp_path / "none")
+    text.write_text(TEXT * 20)
+    for name in ("own", "given"):
+        assert octavo_("eval", tmp_path / name, "--text", text, "--windows", 1, "--context", 64).exit_code == 0
+    refused(
+        octavo_("eval", tmp_path / "none", "--text", text), "no tokenizer", "save_pretrained", "tokenizer=tokenizer"
+    )
+
+
 def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     from octavo import bench
 
@@ -245,6 +301,23 @@ def test_demo(monkeypatch, source, tmp_path):
         *(f"octavo: {phase}" for phase in [*record["phases"]][1:]),
     ]  # fmt: skip
     assert result.stdout.startswith("SmolLM2-135M-Instruct, 2 x 128 tokens")  # and no word of progress before it
+
+
+def test_demo_quick_and_as_json(monkeypatch, source, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(models, "smollm2", lambda: models.find_source(source))
+    monkeypatch.setattr(demo, "CONTEXT", 128)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("not the demo's")
+    command = ["demo", "--quick", "--json", "--quiet", "--out", tmp_path / "out"]
+    result = octavo_(*command)
+    assert result.exit_code == 0 and result.stderr == ""
+    record = json.loads(result.stdout)
+    assert [row["name"] for row in record["rows"]] == ["fp32", "int8, threshold 6", "NF4, blocks of 64"]
+    assert record["optimizers"] == []
+    refused(octavo_(*command), "out exists and holds demo.json; give --overwrite to replace it")
+    assert octavo_(*command, "--overwrite").exit_code == 0
+    assert (tmp_path / "out" / "mine.txt").exists()
 
 
 def test_demo_shows_what_runs(monkeypatch, source):
