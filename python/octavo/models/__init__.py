@@ -1,6 +1,7 @@
 """Whole models: quantized, saved and loaded, read from where users have them, and judged."""
 
 from . import evaluate
+from .directory import quantize_to_directory
 from .quantize import quantize_model
 from .saved import load_quantized, save_quantized
 from .sources import (
@@ -12,7 +13,6 @@ from .sources import (
     load_base,
     load_model,
     load_tokenizer,
-    quantize_to_directory,
     resolve,
     smollm2,
     tokens_of,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from ..core.files import indexed_files, read_json
-from ..core.low_bit import LowBitLinear
-from ..core.method import find_method, is_unquantized, method_names
-from ..core.stored import MANIFEST, new_directory
-from ..core.targets import SKIP, as_patterns, matches
+from ..core.method import find_method, is_unquantized
+from ..core.stored import MANIFEST
 from .gguf_reader import parsed_once
 from .quantize import quantize_model
 from .saved import TOKENIZER_FILES, load_quantized
@@ -158,7 +156,7 @@ def resolve(name: str) -> Source:
     owner, _, repository = name.partition("/")
     if not owner.strip(".~") or not repository or "/" in repository:
         raise ModelError(f"{name} does not exist; give a transformers directory, a GGUF file, OWNER/NAME or smollm2")
-    _transformers()
+    need_transformers()
     import huggingface_hub
 
     try:
@@ -192,7 +190,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None, quantization_co
         >>> type(model).__name__, model.training
         ('LlamaForCausalLM', False)
     """
-    transformers = _transformers()
+    transformers = need_transformers()
     if source.kind == "octavo":
         with _explained(source, "model"):
             return load_quantized(source.path)
@@ -235,7 +233,7 @@ def load_tokenizer(source: Source) -> Any:
         >>> models.load_tokenizer(models.Source(Path("words"), "transformers"))("two one").input_ids
         [2, 1]
     """
-    if not _has_tokenizer(source):
+    if not has_tokenizer(source):
         raise ModelError(
             f"{source.path} has a model but no tokenizer, which text needs: save the tokenizer that belongs to it "
             f"there, tokenizer.save_pretrained({str(source.path)!r}), or name it when the model is saved, "
@@ -245,7 +243,7 @@ def load_tokenizer(source: Source) -> Any:
     if source.kind == "gguf":
         directory, keywords = source.path.parent, {"gguf_file": source.path.name}
     with _explained(source, "tokenizer"), parsed_once():
-        return _transformers().AutoTokenizer.from_pretrained(directory, **_LOCAL, **keywords)
+        return need_transformers().AutoTokenizer.from_pretrained(directory, **_LOCAL, **keywords)
 
 
 def tokens_of(tokenizer: Any, path: Path) -> list[int]:
@@ -289,102 +287,6 @@ def check_context(model: Any, context: int, name: object) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise ValueError(f"--context {context} is more than the {longest} positions of {name}")
-
-
-def quantize_to_directory(
-    source: Source,
-    target: str | os.PathLike[str],
-    method: str = "int8",
-    skip: str | Iterable[str] = SKIP,
-    *,
-    calibration: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-    overwrite: bool = False,
-    dtype: torch.dtype | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Quantize the model at `source` into a directory that transformers loads: weights, configuration, tokenizer.
-
-    With methods that need one weight at a time, a transformers directory is quantized tensor by tensor while it is
-    read; a GGUF file is unpacked first. The others read the whole model and go through `octavo.quantize_model`.
-    `target` is written beside itself and renamed at the end: a failure or an interruption leaves nothing, and finished
-    layers only where settings name a directory to `resume` from.
-
-    Args:
-        source: from `find_source` or `resolve`.
-        target: must not exist, or be empty.
-        method, skip, calibration, progress, settings: as of `octavo.quantize_model`; calibration is a text.
-        overwrite: `target` may also be a model of transformers; it is replaced at the end.
-        dtype: of what is not quantized; None: as it is stored (fp32 for GGUF, which is unpacked).
-
-    Returns:
-        "method" and its settings' "description", "layers" quantized, bytes of the files: "bytes_before" and
-        "bytes_after", and what all weights take in 16 bit, "bytes_16_bit"; bits per weight by the paper's formula,
-        "nominal_bits", and as stored, "real_bits"; "left_alone": the names of what was not quantized, with the reason;
-        "rest_bytes" and "rest_dtype" of what is in no quantized layer.
-
-    Raises:
-        ModelError: `source` cannot be read, or is quantized already.
-        FileExistsError, FileNotFoundError: `target` exists, or the directory that it is to be in does not.
-        ValueError: as of `octavo.quantize_model`.
-
-    Example:
-        >>> from octavo import models
-        >>> source = models.resolve("smollm2")  # doctest: +SKIP
-        >>> models.quantize_to_directory(source, "smollm2-nf4", "nf4")  # doctest: +SKIP
-    """
-    check_unquantized(source)
-    if is_unquantized(method):
-        raise ValueError(f"method {method!r} leaves the model as it is; the others: {', '.join(method_names())}")
-    found, given = find_method(method, settings)
-    chosen = found.settings(given)
-    found.check_calibration(chosen, calibration)
-    _transformers()
-    from ..integrations.transformers import OctavoConfig, mark_quantized
-
-    config = OctavoConfig(found.stored, skip=skip, **found.layout(chosen))
-    # Nothing becomes smaller than an eighth: 2 bits of 16.
-    with new_directory(target, overwrite, marker="config.json", needed=source.bytes // 8) as path:
-        tokenizer = load_tokenizer(source) if _has_tokenizer(source) else None
-        if found.in_stream and source.kind == "transformers":
-            model = load_model(source, dtype, config)
-        else:
-            model = load_model(source, dtype)
-            if calibration is not None and "tokenizer" in found.setting_names():
-                given = {**given, "tokenizer": tokenizer}
-            quantize_model(model, found.name, config.skip, calibration=calibration, progress=progress, **given)
-            mark_quantized(model, config)
-        model.save_pretrained(path)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(path)
-        bytes_after = find_source(path).bytes
-    layers = [module for module in model.modules() if isinstance(module, LowBitLinear)]
-    weights = [layer.in_features * layer.out_features for layer in layers]
-    bits = {
-        name: sum(getattr(layer, name) * count for layer, count in zip(layers, weights, strict=True)) / sum(weights)
-        for name in ("nominal_bits", "real_bits")
-    }
-    quantized = {id(tensor) for layer in layers for tensor in layer.state_dict(keep_vars=True).values()}
-    rest = [p for p in model.parameters() if id(p) not in quantized]
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in rest})
-    plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    head = model.get_output_embeddings()
-    skipped = as_patterns("skip", skip)
-    sizes = {
-        "layers": len(layers),
-        "bytes_before": source.bytes,
-        "bytes_after": bytes_after,
-        "bytes_16_bit": 2 * (sum(weights) + sum(p.numel() for p in rest)),
-        "left_alone": {
-            name: "as asked" if any(matches((name,), pattern) for pattern in skipped)
-            else "its weight is the embedding's" if model.get_submodule(name) is head
-            else "it cannot be"
-            for name in plain
-        },
-        "rest_bytes": sum(p.nbytes for p in rest),
-        "rest_dtype": ", ".join(dtypes),
-    }  # fmt: skip
-    return {"method": method, "description": chosen.describe(), **sizes, **bits}
 
 
 def check_unquantized(source: Source) -> None:
@@ -453,7 +355,7 @@ def load_base(
     chosen = found.settings(given)
     found.check_calibration(chosen, calibration)
     if found.in_stream and source.kind == "transformers":
-        _transformers()
+        need_transformers()
         from ..integrations.transformers import OctavoConfig
 
         return load_model(source, dtype, OctavoConfig(found.stored, **found.layout(chosen)))
@@ -464,11 +366,11 @@ def load_base(
     return model
 
 
-def _has_tokenizer(source: Source) -> bool:
+def has_tokenizer(source: Source) -> bool:
     return source.kind == "gguf" or any((source.path / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _transformers() -> Any:
+def need_transformers() -> Any:
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401

@@ -23,7 +23,7 @@ def test_real_model_from_gguf(tmp_path, monkeypatch):
         pytest.skip(str(error))
     exact, load = models.load_model(source), models.load_model
     # Reading GGUF takes long: once is enough.
-    monkeypatch.setattr(models.sources, "load_model", lambda *_, **__: copy.deepcopy(exact))
+    monkeypatch.setattr(models.directory, "load_model", lambda *_, **__: copy.deepcopy(exact))
     result = octavo_("quantize", source.path, tmp_path / "int8")
     assert result.exit_code == 0, result.output
     assert "210 layers in int8, threshold 6" in result.output
