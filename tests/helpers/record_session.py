@@ -40,8 +40,8 @@ STEPS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("A text to learn from, which comes with Python:", f"python -c {shlex.quote(TEXT)} > reference.txt", ()),
     (
         "QLoRA on it:",
-        "octavo finetune smollm2 --text reference.txt --out run --context 128 --batch 2 --steps 40 --lr 5e-4 "
-        "--dtype fp32 --eval-windows 8",
+        "octavo finetune smollm2 --text reference.txt --out run --context 128 --batch 2 --steps 20 --lr 5e-4 "
+        "--dtype fp32 --eval-windows 4",
         (),
     ),
     (

@@ -212,7 +212,7 @@ class _Session:
         self.tokenizer = models.load_tokenizer(source)
         self.chat, self.max_tokens, self.temperature, self.seed = chat, max_tokens, temperature, seed
         if chat and not self.tokenizer.chat_template:
-            raise ValueError(f"--chat: the tokenizer of {base} has no chat template")
+            raise ValueError(f"the tokenizer of {base} has no chat template; octavo generate continues a text")
         trained_on = {name: read_quantization(path) for name, path in wanted.items() if path is not None}
         if method is None:
             method, recorded = _method_of(next(iter(trained_on.values()), None), source, calibration)
