@@ -139,10 +139,10 @@ def test_a_conversation(terminals, at):
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(terminals, at):
-    keys = [(r"> $", "hello\r"), (r"hello\r\n.", "INT"), (r"> $", "/exit\r")]
+    keys = [(r"> $", "hello\r"), (r"hello\r\n", "INT"), (r"> $", "/exit\r")]
     session = terminals.run("chat", at / "model", "--max-tokens", "900", "--dtype", "fp32", keys=keys)
     assert session.code == 0 and "Traceback" not in session.raw
-    assert len(session.text) < 2000
+    assert len(session.text) < 700  # of 900 tokens
 
 
 @pytest.mark.parametrize(("key", "code"), [("INT", 130), ("TERM", 143)])
@@ -153,7 +153,7 @@ def test_signals(terminals, at, key, code):
     assert target.exists() == (session.code == 0)
     assert not [path for path in at.iterdir() if path.name.startswith(".")]
     command = ["generate", at / "model", "--prompt", "It is", "--max-tokens", "900", "--dtype", "fp32"]
-    session = terminals.run(*command, keys=[(r"\S{3}", key)])
+    session = terminals.run(*command, keys=[(r"reading", key)])  # while it is loaded, or answers
     assert session.code == code and "Traceback" not in session.raw
     out = at / f"run-{key}"
     command = ["finetune", at / "model", "--text", at / "novel.txt", "--out", out, *SMALL, "--steps", "400"]

@@ -256,7 +256,7 @@ def test_help():
     result = cli("--help")
     assert result.exit_code == 0
     assert "octavo finetune smollm2 --text novel.txt" in result.output
-    for name in ("--resume", "--page-dir", "--double-quant", "--gradient-checkpointing", "--max-grad-norm"):
+    for name in ("--resume", "--page-dir", "--double-quant", "--keep-activations", "--max-grad-norm"):
         assert name in result.output
 
 
