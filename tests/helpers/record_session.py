@@ -26,7 +26,7 @@ TEXT = "from octavo.models.texts import prose; print(prose(('types', 'compound',
 # Words between the commands, the command, and what is typed once a pattern is printed.
 STEPS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("What is here:", "octavo doctor", ()),
-    ("A real model beside its quantized forms, in less than a minute or two:", "octavo demo --quick", ()),
+    ("A real model beside its quantized forms, the short way:", "octavo demo --quick", ()),
     (
         "The same model into a directory that transformers loads:",
         "octavo quantize smollm2 smollm2-nf4 --method nf4 --double-quant --dtype bf16",
@@ -40,13 +40,13 @@ STEPS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
     ("A text to learn from, which comes with Python:", f"python -c {shlex.quote(TEXT)} > reference.txt", ()),
     (
         "QLoRA on it:",
-        "octavo finetune smollm2 --text reference.txt --out run --context 128 --batch 2 --steps 20 --lr 5e-4 "
-        "--dtype fp32 --eval-windows 4",
+        "octavo finetune smollm2 --text reference.txt --out run --context 128 --batch 2 --steps 10 --lr 5e-4 "
+        "--init zero --dtype fp32 --eval-windows 2",
         (),
     ),
     (
         "The model with its adapter:",
-        "octavo generate smollm2 --adapter run/adapter --dtype fp32 --max-tokens 60 --prompt 'A compound statement'",
+        "octavo generate smollm2 --adapter run/adapter --dtype fp32 --max-tokens 40 --prompt 'A compound statement'",
         (),
     ),
 )
