@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from .shared import (
     console,
     known_dtype,
     one_line_errors,
+    print_json,
     say,
     show_command,
 )
@@ -80,7 +80,7 @@ def doctor(as_json: AsJson = False) -> None:
     with one_line_errors():
         found = examine()
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
     else:
         show(console(), found)
     if found["wrong"]:
@@ -92,7 +92,8 @@ def doctor(as_json: AsJson = False) -> None:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False, help=SOURCE_HELP)],
     target: Annotated[
-        Path, typer.Argument(metavar="DST", show_default=False, help="The directory to write; it must not exist.")
+        Path,
+        typer.Argument(metavar="DST", show_default=False, help="The directory to write: new, or empty."),
     ],
     method: method_option("How to quantize.", unquantized=False) = "int8",  # type: ignore[valid-type]
     calibration: Calibration = None,
@@ -155,7 +156,7 @@ def quantize(
         )
     done["seconds"] = time.perf_counter() - begin
     if as_json:
-        print(json.dumps({"directory": str(target), **done}, indent=1))
+        print_json({"directory": str(target), **done})
         return
     size, half = done["bytes_after"], done["bytes_16_bit"]
     out = console()
@@ -169,12 +170,13 @@ def quantize(
     names = list(done["left_alone"])
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        say(out, f"left alone: {', '.join(names[:3])}{more}")
+        reason = f": {done['left_alone'][names[0]]}" if len(names) == 1 else ""
+        say(out, f"left alone: {', '.join(names[:3])}{more}{reason}")
     rest = f"what is in no quantized layer, embeddings above all: {_mb(done['rest_bytes'])} MB in {done['rest_dtype']}"
-    say(out, rest + ("; --dtype bf16 halves it" if done["rest_dtype"] == "float32" else ""))
+    say(out, rest + ("; --dtype bf16 halves it" if done["rest_dtype"] == "float32" and dtype == "auto" else ""))
     if not quiet:
         say(out, "to try it:")
-        show_command(out, ["octavo", "chat", str(target)])
+        show_command(out, ["octavo", "chat", f"./{target}" if str(target).startswith("-") else str(target)])
 
 
 @app.command("eval")
@@ -211,7 +213,7 @@ def evaluate_(
         base = (str(method), calibration, settings or {})
         result = measure(model, text, context, windows, DTYPES[dtype], *base)
     if as_json:
-        print(json.dumps(result, indent=1))
+        print_json(result)
         return
     say(
         console(),
@@ -283,7 +285,7 @@ def analyze(
         to = console(quiet=as_json)
         record = analysis.run(to, model, text, out, context, windows, threshold, settings, beside or (), overwrite)
     if as_json:
-        print(json.dumps(record))
+        print_json(record, indent=None)
 
 
 @app.command()
@@ -330,7 +332,7 @@ def bench(
             family, quick=quick, out=out, threads=threads, device=device, console=console(quiet=as_json)
         )
     if as_json:
-        print(json.dumps(records))
+        print_json(records, indent=None)
 
 
 @app.command()
@@ -357,7 +359,7 @@ def demo(
     with one_line_errors(quiet):
         record = demonstration.run(console(quiet=as_json), out, windows, quick=quick, overwrite=overwrite)
     if as_json:
-        print(json.dumps(record))
+        print_json(record, indent=None)
 
 
 def _mb(count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -27,6 +26,7 @@ from .shared import (
     Threads,
     console,
     one_line_errors,
+    print_json,
     say,
     show_command,
 )
@@ -45,7 +45,8 @@ def finetune(
         Path, typer.Option(metavar="FILE", show_default=False, help="Plain text, UTF-8; its end is held out.")
     ],
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where everything goes; it must not exist, but for --resume.")
+        Path,
+        typer.Option(metavar="DIR", help="Where everything goes: new, or empty, or with --resume a run's."),
     ] = Path("octavo-finetune"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in DIR, if there is one: with the same options.")
@@ -103,7 +104,8 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Of the adapters, the order of windows and dropout.")] = 0,
     device: Annotated[str | None, typer.Option(show_default="cuda, or else cpu", help="cpu or cuda.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew in DIR, whatever run is there; what it made is removed.")
+        bool,
+        typer.Option("--overwrite", help="Begin anew in DIR: what a run made there is removed, nothing else."),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -161,12 +163,12 @@ def finetune(
         raise typer.BadParameter("--resume goes on with what --overwrite would remove", param_hint="--overwrite")
     with one_line_errors(quiet):
         signals = _Signals()
-        with signals.installed(), _progress(console(stderr=True), signals) as watcher:
+        with signals.installed(), _progress(console(stderr=True, quiet=quiet), signals) as watcher:
             result = run(
                 model, text, out, recipe, resume=resume, overwrite=overwrite, watcher=watcher, stop=signals.received
             )
     if as_json:
-        print(json.dumps(_as_json(out, result), indent=1))
+        print_json(_as_json(out, result))
     else:
         _print(console(), result)
     if result.adapter is not None and not (as_json or quiet):
@@ -201,7 +203,7 @@ def _as_json(out: Path, result: Result) -> dict[str, Any]:
         "steps": result.steps,
         "total": result.total,
         "perplexities": result.perplexities,
-        "tokens_per_s": result.tokens_per_s if math.isfinite(result.tokens_per_s) else None,
+        "tokens_per_s": result.tokens_per_s,
     }
 
 

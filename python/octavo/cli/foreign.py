@@ -50,8 +50,9 @@ def _take_over_tqdm(stack: ExitStack) -> None:
     def __init__(self: Any, *arguments: Any, **options: Any) -> None:
         wanted = not options.get("disable")
         begin(self, *arguments, **{**options, "disable": True})
-        name = options.get("desc") or ""
+        name = str(options.get("desc") or (arguments[1:2] or [""])[0] or "")
         self.octavo = ExitStack()
+        stack.callback(self.octavo.close)  # also of a bar that nobody closes
         if wanted:
             what = _WORDS.get(name, name.rstrip(":. "))
             total = None if self.total is None else int(self.total)
@@ -60,6 +61,7 @@ def _take_over_tqdm(stack: ExitStack) -> None:
             self.octavo_bar = self.octavo.enter_context(shown)
 
     def update(self: Any, n: float | None = 1) -> None:
+        self.n += n or 0
         if bar := getattr(self, "octavo_bar", None):
             bar(count=int(n or 0))
 
@@ -67,7 +69,7 @@ def _take_over_tqdm(stack: ExitStack) -> None:
         try:
             for thing in self.iterable:
                 yield thing
-                update(self)
+                update(self, 1)
         finally:
             self.close()
 

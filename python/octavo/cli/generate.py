@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import io
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.markup import escape
@@ -20,7 +20,7 @@ from ..lora.linear import check_adapter_name
 from ..lora.peft_format import FILES, read_config, read_quantization
 from .app import app
 from .options import Calibration, check_settings, method_option, method_options
-from .shared import DTYPES, SOURCE_HELP, AsJson, Quiet, Threads, console, known_dtype, one_line_errors, say
+from .shared import DTYPES, SOURCE_HELP, AsJson, Quiet, Threads, console, known_dtype, one_line_errors, print_json, say
 
 _BARE = "none"  # the adapter that is none: the base alone
 
@@ -81,10 +81,10 @@ def generate(
         session = _Session(
             base, method, DTYPES[dtype], wanted, chat, max_tokens, temperature, seed, settings or {}, calibration
         )
-        if prompt is None and sys.stdin.isatty():
+        if prompt is None and _readable_input().isatty():
             session.converse()
             return
-        text = sys.stdin.read() if prompt is None else prompt
+        text = _readable_input().read() if prompt is None else prompt
         if not text.strip():
             raise ValueError("the prompt is empty: give --prompt, or text on standard input")
         answers = []
@@ -96,7 +96,7 @@ def generate(
             seconds = time.perf_counter() - begin
             answers.append({"adapter": name, "prompt": text, "answer": answer, "tokens": count, "seconds": seconds})
     if as_json:
-        print(json.dumps(answers, indent=1))
+        print_json(answers)
 
 
 @app.command()
@@ -297,13 +297,13 @@ class _Session:
                 raise
             streamer.end()
         answer = str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
-        if self.said is not None:
+        if self.said is not None and answer:
             self.said = [*turn, {"role": "assistant", "content": answer}]
         return answer, len(made)
 
     def converse(self, greet: bool = True) -> None:
         """Prompts from a terminal, or lines from a pipe, until their end."""
-        terminal = sys.stdin.isatty()
+        terminal = _readable_input().isatty()
         hints = ["/adapter NAME switches" if len(self.names) > 1 or self.names != [_BARE] else "", "/exit ends"]
         if self.said is not None:
             hints.insert(0, "Ctrl-C stops an answer, /clear forgets")
@@ -331,16 +331,31 @@ class _Session:
                     self.said = [*self.system]
                 elif command == "/adapter":
                     self.switch(rest.strip())
+                elif re.fullmatch(r"/[a-z]+", command):
+                    raise ValueError(f"there is no {command}: {help}")
                 elif line:
                     if not terminal:
                         print(f"> {line}")
                     self.answer(line, self.active)
             except ValueError as error:
                 say(console(stderr=True), str(error))
+            except KeyboardInterrupt:  # before the answer began
+                if self.said is None:
+                    raise
+                print(file=sys.stderr)
+
+
+def _readable_input() -> TextIO:
+    """Standard input; what is not text in it is replaced, and one that is closed is empty."""
+    if sys.stdin is None:
+        return io.StringIO()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin
 
 
 def _next_line() -> str:
-    line = sys.stdin.readline()
+    line = _readable_input().readline()
     if not line:
         raise EOFError
     return line

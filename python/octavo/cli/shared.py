@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +37,19 @@ def show_command(console: Console, words: Sequence[str]) -> None:
             parts = [*parts[:-1], f"{parts[-1]} {word}"] if joins else [*parts, word]
         line = "  " + " \\\n      ".join(parts)
     console.print(line, soft_wrap=True, markup=False)
+
+
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """JSON on standard output; what is no number in it, NaN and infinity, is null."""
+    print(json.dumps(_numbers(value), indent=indent, allow_nan=False))
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    return [_numbers(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager
@@ -85,7 +100,7 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", callback=use_threads, show_default="PyTorch's choice", help="CPU threads."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on standard output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no hints.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 SOURCE_HELP = "A transformers directory, one that octavo wrote, a GGUF file, OWNER/NAME on the hub, or smollm2."

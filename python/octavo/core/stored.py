@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import nn
@@ -27,7 +28,11 @@ _TEMPORARY, _OLD = "tmp", "old"
 
 @contextmanager
 def new_directory(
-    target: str | os.PathLike[str], overwrite: bool = False, marker: str = MANIFEST, needed: int = 0
+    target: str | os.PathLike[str],
+    overwrite: bool = False,
+    marker: str = MANIFEST,
+    needed: int = 0,
+    known: Sequence[str] = ("*",),
 ) -> Iterator[Path]:
     """A directory to write into, which becomes `target` at once when the block ends, and never if it raises.
 
@@ -40,18 +45,21 @@ def new_directory(
         overwrite: `target` may also be a directory with the file `marker` in it; it is replaced at the end.
         marker: by default what `save_quantized` writes.
         needed: bytes that must be free on the disk.
+        known: patterns of the entries that may be replaced; a directory with another is left alone.
 
     Raises:
         FileExistsError: it exists and may not be replaced. Nothing has been written then.
         FileNotFoundError: the directory that `target` is to be in does not exist.
         OSError: it cannot be written, or too little is free. What can be seen of it is seen before the block runs.
     """
+    if not os.fspath(target):
+        raise ValueError("the name of the directory to write is empty")
     target = Path(os.path.realpath(target))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no directory {target.parent}")
     put_back(target)
     _sweep(target)
-    _check_target(target, overwrite, marker)
+    _check_target(target, overwrite, marker, known)
     through = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
     if through and any(target.iterdir()):
         why = "is a mount point" if os.path.ismount(target) else f"lies in {target.parent}, which cannot be written"
@@ -71,7 +79,7 @@ def new_directory(
         if through:
             _move_into(temporary, target, marker)
         else:
-            _check_target(target, overwrite, marker)
+            _check_target(target, overwrite, marker, known)
             _take_place(temporary, target)
         make_durable(parent)
     except BaseException as error:
@@ -125,12 +133,17 @@ def check_fillable(target: str | os.PathLike[str], names: Sequence[str], overwri
         raise OSError(errno.EACCES, "cannot be written", str(above))
 
 
-def _check_target(target: Path, overwrite: bool, marker: str) -> None:
+def _check_target(target: Path, overwrite: bool, marker: str, known: Sequence[str]) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise FileExistsError(f"{target} exists and is not a directory")
     entries = sorted(entry.name for entry in target.iterdir())
+    foreign = [name for name in entries if not any(fnmatchcase(name, pattern) for pattern in known)]
+    if overwrite and marker in entries and foreign:
+        raise FileExistsError(
+            f"{target} also holds {foreign[0]}, which would be lost: move it, or name another directory"
+        )
     if not entries or (overwrite and marker in entries):
         return
     if overwrite:

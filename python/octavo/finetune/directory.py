@@ -15,7 +15,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,11 @@ class RunDirectory:
 
     Attributes:
         path: of the directory.
+        replacing: whether the run that is there is as good as gone; `begin` removes it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, replacing: bool = False) -> None:
+        self.path, self.replacing = path, replacing
         self._damaged: dict[Path, str] = {}
 
     # ---- what the run is ----
@@ -92,12 +93,19 @@ class RunDirectory:
             mark: what must be the same for the run to go on: "settings", "model" and "data".
             about: what is of interest besides.
         """
-        if not (self.path / MANIFEST).exists():
+        if self.replacing:
+            # The old manifest goes last, so that whoever is killed here can begin anew.
+            self.remove_checkpoints()
+            shutil.rmtree(self.path / ADAPTER, ignore_errors=True)
+            for name in (LOSSES, CURVE):
+                (self.path / name).unlink(missing_ok=True)
+        if self.replacing or not (self.path / MANIFEST).exists():
             self.write_manifest({"format": FORMAT, **mark, "finished": False, **about})
+        self.replacing = False
 
     def check(self, mark: _Mark, defaults: Mapping[str, Any] | None = None) -> None:
         """ValueError if there is the manifest of another run; the message says what differs."""
-        if not (self.path / MANIFEST).exists():
+        if self.replacing or not (self.path / MANIFEST).exists():
             return
         found = self._read_manifest()
         different = [name for name in ("model", "data") if found.get(name) != mark[name]]
@@ -236,7 +244,7 @@ class RunDirectory:
 
     def last_step(self) -> int | None:
         """The step of the newest checkpoint; None without one."""
-        return max(self._steps(), default=None)
+        return None if self.replacing else max(self._steps(), default=None)
 
     def _remove(self, path: Path) -> None:
         hidden = path.with_name(f".{path.name}.old")  # half of a checkpoint must not look like one
@@ -245,24 +253,6 @@ class RunDirectory:
 
     def remove_checkpoints(self) -> None:
         shutil.rmtree(self.path / _CHECKPOINTS, ignore_errors=True)
-
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """What is there is as good as gone in this block, and comes back if the block raises before a run began."""
-        old = self.path / f".replaced.{os.getpid()}.old"
-        old.mkdir()
-        for entry in [*self.path.iterdir()]:
-            if entry != old:
-                entry.rename(old / entry.name)
-        try:
-            yield
-        except BaseException:
-            if not (self.path / MANIFEST).exists():
-                for entry in [*old.iterdir()]:
-                    entry.rename(self.path / entry.name)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove what a run that was killed left half-written."""
@@ -281,7 +271,7 @@ def open_run(path: str | os.PathLike[str], resume: bool, overwrite: bool = False
     Args:
         path: to be made, in a directory that exists; or empty; or with `resume`, of a run that is not finished.
         resume: go on with the run that is there, if there is one.
-        overwrite: what a run left there, finished or not, is removed once the new one has begun.
+        overwrite: what a run left there, finished or not, is removed when the new one begins; other files stay.
 
     Raises:
         FileExistsError: there is something else.
@@ -315,12 +305,11 @@ def open_run(path: str | os.PathLike[str], resume: bool, overwrite: bool = False
         probe.unlink()
     except OSError as error:
         raise type(error)(error.errno, f"cannot write {where}: {error.strerror}") from None
-    run = RunDirectory(where)
+    run = RunDirectory(where, replacing=overwrite and (where / MANIFEST).exists())
     try:
         with _locked(where):
             run.sweep()
-            with run.set_aside() if overwrite else nullcontext():
-                yield run
+            yield run
     except BaseException:
         if new and not any(where.iterdir()):
             where.rmdir()

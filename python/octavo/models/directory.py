@@ -14,6 +14,7 @@ from ..core.method import find_method, is_unquantized, method_names
 from ..core.stored import new_directory
 from ..core.targets import SKIP, as_patterns, matches
 from .quantize import quantize_model
+from .saved import TOKENIZER_FILES
 from .sources import (
     Source,
     check_unquantized,
@@ -23,6 +24,8 @@ from .sources import (
     load_tokenizer,
     need_transformers,
 )
+
+_WRITTEN = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def quantize_to_directory(
@@ -80,15 +83,18 @@ def quantize_to_directory(
     if overwrite:
         _check_replaceable(source, Path(target))
     # Nothing becomes smaller than an eighth: 2 bits of 16.
-    with new_directory(target, overwrite, marker="config.json", needed=source.bytes // 8) as path:
+    needed = source.bytes // 8
+    with new_directory(target, overwrite, marker="config.json", needed=needed, known=_WRITTEN) as path:
         tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+        reasons: dict[str, str] = {}
         if found.in_stream and source.kind == "transformers":
             model = load_model(source, dtype, config)
         else:
             model = load_model(source, dtype)
             if calibration is not None and "tokenizer" in found.setting_names():
                 given = {**given, "tokenizer": tokenizer}
-            quantize_model(model, found.name, config.skip, calibration=calibration, progress=progress, **given)
+            report = quantize_model(model, found.name, config.skip, calibration=calibration, progress=progress, **given)
+            reasons = {name: reason for name, reason in report.skipped.items() if reason != "as asked"}
             mark_quantized(model, config)
         model.save_pretrained(path)
         if tokenizer is not None:
@@ -104,22 +110,24 @@ def quantize_to_directory(
     rest = [p for p in model.parameters() if id(p) not in quantized]
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in rest})
     plain = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-    head = model.get_output_embeddings()
-    skipped = as_patterns("skip", skip)
+    embedding, asked = model.get_input_embeddings(), as_patterns("skip", skip)
+
+    def why(name: str) -> str:
+        if reasons.get(name):
+            return reasons[name]
+        if embedding is not None and model.get_submodule(name).weight is embedding.weight:
+            return "its weight is the embedding's"
+        return "as --skip says" if any(matches((name,), pattern) for pattern in asked) else "it cannot be quantized"
+
     sizes = {
         "layers": len(layers),
         "bytes_before": source.bytes,
         "bytes_after": bytes_after,
         "bytes_16_bit": 2 * (sum(weights) + sum(p.numel() for p in rest)),
-        "left_alone": {
-            name: "as asked" if any(matches((name,), pattern) for pattern in skipped)
-            else "its weight is the embedding's" if model.get_submodule(name) is head
-            else "it cannot be"
-            for name in plain
-        },
+        "left_alone": {name: why(name) for name in plain},
         "rest_bytes": sum(p.nbytes for p in rest),
         "rest_dtype": ", ".join(dtypes),
-    }  # fmt: skip
+    }
     return {"method": method, "description": chosen.describe(), **sizes, **bits}
 
 

@@ -31,7 +31,7 @@ class Score:
     def perplexity(self) -> float:
         """exp of the mean surprise at the next token."""
         mean = self.nats / self.tokens if self.tokens else math.nan
-        return math.exp(mean) if mean < 700 else math.inf
+        return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
 
     @property
     def kl(self) -> float:

@@ -107,7 +107,8 @@ def save_quantized(
     methods = {config["method"] for config in modules.values()}
     transformers_model = _is_transformers_model(model)
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    with new_directory(directory, overwrite, needed=needed) as path:
+    known = (_TENSORS, _MANIFEST, *_CONFIGS, *TOKENIZER_FILES)
+    with new_directory(directory, overwrite, needed=needed, known=known) as path:
         save_file(tensors, path / _TENSORS, metadata={"format": "pt"})
         if transformers_model:
             _save_configs(model, path)

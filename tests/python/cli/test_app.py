@@ -234,8 +234,37 @@ def test_overwrite_replaces_what_the_command_wrote_and_nothing_else(source, text
     failed = octavo_(*run, "--steps", 1, "--out", tmp_path / "run", "--overwrite", "--method", "int8", "--rank", 65)
     assert failed.exit_code == 1 and "rank 65 is more than" in failed.stderr
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    (tmp_path / "run" / "notes").mkdir()
+    (tmp_path / "run" / "text.txt").write_text(TEXT * 20)
     assert octavo_(*run, "--steps", 2, "--out", tmp_path / "run", "--overwrite").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [*before, "notes", "text.txt"]
     assert json.loads((tmp_path / "run" / "finetune.json").read_text())["results"]["steps"] == 2
+
+
+def test_a_directory_with_other_files_is_not_replaced(source, tmp_path):
+    target = tmp_path / "q"
+    assert octavo_("quantize", source, target).exit_code == 0
+    (target / ".git").mkdir()
+    refused(octavo_("quantize", source, target, "--overwrite"), "also holds .git, which would be lost")
+    model = tiny()
+    octavo.quantize_model(model, progress=False)
+    octavo.save_quantized(model, tmp_path / "saved", tokenizer=byte_tokenizer())
+    octavo.save_quantized(model, tmp_path / "saved", overwrite=True, tokenizer=byte_tokenizer())
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
+        octavo.save_quantized(model, tmp_path / "saved", overwrite=True)
+    assert (tmp_path / "saved" / "notes.txt").read_text() == "mine"
+    refused(octavo_("quantize", source, tmp_path / "q" / ".." / "q2" / "x"), "there is no directory")
+
+
+def test_json_has_no_infinity(source, text, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    byte_tokenizer().save_pretrained(tmp_path / "nan")
+    text.write_text(TEXT * 20)
+    said = octavo_("eval", tmp_path / "nan", "--text", text, "--windows", 1, "--context", 64, "--json")
+    assert json.loads(said.stdout, parse_constant=pytest.fail)["perplexity"] is None
 
 
 def test_a_saved_model_brings_its_tokenizer(source, text, tmp_path):
