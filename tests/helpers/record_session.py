@@ -19,9 +19,11 @@ import time
 from fcntl import ioctl
 from pathlib import Path
 
+import octavo
 from octavo.core.machine import describe_machine
 from terminal import shown
 
+PACKAGE = str(Path(octavo.__file__).parent)
 TEXT = "from octavo.models.texts import prose; print(prose(('types', 'compound', 'debugger', 'strings')))"
 # Words between the commands, the command, and what is typed once a pattern is printed.
 STEPS: tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...] = (
@@ -84,9 +86,9 @@ def main() -> None:
     machine = describe_machine("cpu")
     parts = [
         "# A first session\n",
-        "What a newcomer's first commands print in a terminal of 80 columns; progress, which goes away, is not shown. "
+        "What a newcomer's first commands print in a terminal of 80 columns; progress, which goes away, is not shown.\n"
         f"Recorded on {machine['cores']} cores of an {machine['cpu']} ({machine['isa']}) with "
-        f"torch {machine['versions']['torch']}, by `python tests/helpers/record_session.py`.\n",
+        f"torch {machine['versions']['torch']},\nby `python tests/helpers/record_session.py`.\n",
     ]
     total = 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +99,7 @@ def main() -> None:
             if code:
                 sys.exit(f"{command}: exit code {code}\n" + "\n".join(lines))
             total += seconds
-            text = "\n".join(line.replace(folder, "~") for line in lines)
+            text = "\n".join(line.replace(folder, "~").replace(PACKAGE, "site-packages/octavo") for line in lines)
             parts.append(
                 f"{words}\n\n```console\n$ {command}\n{text}\n```\n\n{seconds:.0f} s.\n".replace("\n\n```\n", "\n```\n")
             )
