@@ -273,6 +273,7 @@ class _Session:
             torch.manual_seed(self.seed)
             how["temperature"] = self.temperature
         made: list[int] = []
+        wrap = _Wrap(console().width) if sys.stdout.isatty() else str
 
         class Streamer(TextStreamer):  # type: ignore[misc]
             """Keeps what it is given, and prints words as soon as they are whole."""
@@ -284,7 +285,7 @@ class _Session:
 
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 if show:
-                    super().on_finalized_text(text, stream_end)
+                    super().on_finalized_text(wrap(text), stream_end)
 
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = ids.to(self.model.device)
@@ -352,6 +353,27 @@ def _readable_input() -> TextIO:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     return sys.stdin
+
+
+class _Wrap:
+    """Breaks lines between words, for a terminal, in text that comes in pieces which end between words."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.column = width, 0
+
+    def __call__(self, text: str) -> str:
+        made, space = "", ""
+        for piece in re.findall(r"\n|[^\S\n]+|\S+", text):
+            if piece == "\n":
+                made, space, self.column = made + piece, "", 0
+            elif piece.isspace():
+                space += piece
+            elif self.column and self.column + len(space) + len(piece) > self.width:
+                made, space, self.column = f"{made}\n{piece}", "", len(piece)
+            else:
+                made, self.column, space = made + space + piece, self.column + len(space) + len(piece), ""
+        self.column += len(space)
+        return made + space
 
 
 def _next_line() -> str:

@@ -212,3 +212,12 @@ def test_a_base_without_a_chat_template(files, tmp_path):
     result = generate(tmp_path / "base", "--prompt", PROMPT, "--chat")
     assert result.exit_code == 1
     assert "has no chat template" in result.output
+
+
+def test_answers_are_wrapped_between_words():
+    from octavo.cli.generate import _Wrap
+
+    wrap = _Wrap(10)
+    assert "".join(map(wrap, ["one two ", "three four\n", "fiveisverylong ", "6 7"])) == (
+        "one two \nthree four\nfiveisverylong \n6 7"
+    )
