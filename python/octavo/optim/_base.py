@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast, overload
@@ -25,7 +26,7 @@ _HYPER = (
 )
 
 
-class Optimizer8bit(torch.optim.Optimizer):
+class Optimizer8bit(torch.optim.Optimizer, ABC):
     """A `torch.optim.Optimizer` whose states are 8-bit codes (arXiv 2110.02861), stepped by one kernel per parameter
     group and device, without host synchronisation.
 
@@ -99,12 +100,13 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     # ---- of the rule: subclasses ----
 
+    @abstractmethod
     def _rule(self, group: dict[str, Any]) -> str:
-        raise NotImplementedError
+        """The name of the rule, as the operators have it."""
 
+    @abstractmethod
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         """The hyperparameters that the rule reads beside lr, weight_decay and eps."""
-        raise NotImplementedError
 
     def _initial(self, group: dict[str, Any]) -> float:
         """The value that a second moment starts with."""

@@ -15,6 +15,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypedDict, TypeVar
 
@@ -62,7 +63,7 @@ class OnPage(Protocol):
 _Paged = TypeVar("_Paged", bound=OnPage)
 
 
-class Pager:
+class Pager(ABC):
     """Pages of the parameters on one device, and what of their states stays there."""
 
     staged = False  # whether the kernels need copies
@@ -73,8 +74,9 @@ class Pager:
         self.pages: list[Page] = []
         self.previous: Any = None  # stands for the last store
 
+    @abstractmethod
     def make_pages(self, sizes: Sequence[int]) -> list[Page]:
-        raise NotImplementedError
+        """Pages of these many bytes each."""
 
     def prepare(self) -> None:
         """Before states are staged."""

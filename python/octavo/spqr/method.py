@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -28,7 +29,7 @@ _SAMPLES = 128
 
 
 @dataclass(frozen=True)
-class _Settings(MethodSettings):
+class _Settings(MethodSettings, ABC):
     """Settings that spqr, gptq and rtn have alike.
 
     Attributes:
@@ -59,9 +60,9 @@ class _Settings(MethodSettings):
     )
     simulate: bool = option(False, "keep torch.nn.Linear modules", command=None)
 
+    @abstractmethod
     def preset(self, **given: Any) -> SpQRConfig:
         """The quantizer's settings where `config` is None."""
-        raise NotImplementedError("a method has its own")
 
     def chosen(self) -> dict[str, Any]:
         """The given ones of those that `config` replaces."""
