@@ -236,11 +236,14 @@ class Record:
     started: str = field(default_factory=lambda: datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
         for row, values in zip(self.rows, data["rows"], strict=True):
             values.update(tops=row.tops, gbs=row.gbs)
-        return json.dumps(data, indent=1, allow_nan=False)
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     def write(self, folder: Path) -> Path:
         """FOLDER/<family>-<time>.json, whole or not at all; earlier runs stay, as history."""

@@ -14,9 +14,9 @@ from .._version import __version__
 from ..bench import FAMILIES
 from .options import Calibration, method_option, method_options
 from .shared import (
-    DTYPES,
     SOURCE_HELP,
     AsJson,
+    Dtype,
     Overwrite,
     Quiet,
     Threads,
@@ -26,6 +26,7 @@ from .shared import (
     print_json,
     say,
     show_command,
+    torch_dtype,
 )
 
 app = typer.Typer(
@@ -92,7 +93,7 @@ def doctor(as_json: AsJson = False) -> None:
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False, help=SOURCE_HELP)],
     target: Annotated[
-        Path,
+        str,  # of an empty name a Path makes the current directory
         typer.Argument(metavar="DST", show_default=False, help="The directory to write: new, or empty."),
     ],
     method: method_option("How to quantize.", unquantized=False) = "int8",  # type: ignore[valid-type]
@@ -139,10 +140,7 @@ def quantize(
 
     begin = time.perf_counter()
     with one_line_errors(quiet):
-        import torch
-
         found = models.resolve(source)
-        of_torch = None if DTYPES[dtype] is None else getattr(torch, str(DTYPES[dtype]))
         done = models.quantize_to_directory(
             found,
             target,
@@ -151,12 +149,12 @@ def quantize(
             calibration=calibration,
             progress=True,
             overwrite=overwrite,
-            dtype=of_torch,
+            dtype=torch_dtype(dtype),
             **(settings or {}),
         )
     done["seconds"] = time.perf_counter() - begin
     if as_json:
-        print_json({"directory": str(target), **done})
+        print_json({"directory": target, **done})
         return
     size, half = done["bytes_after"], done["bytes_16_bit"]
     out = console()
@@ -176,7 +174,7 @@ def quantize(
     say(out, rest + ("; --dtype bf16 halves it" if done["rest_dtype"] == "float32" and dtype == "auto" else ""))
     if not quiet:
         say(out, "to try it:")
-        show_command(out, ["octavo", "chat", f"./{target}" if str(target).startswith("-") else str(target)])
+        show_command(out, ["octavo", "chat", f"./{target}" if target.startswith("-") else target])
 
 
 @app.command("eval")
@@ -188,10 +186,7 @@ def evaluate_(
     windows: Annotated[
         int | None, typer.Option(min=1, metavar="N", show_default="all", help="Only the first N windows.")
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16, for what is not quantized."),
-    ] = "auto",
+    dtype: Dtype = "auto",
     method: method_option("Quantize MODEL first.", unquantized=True) = "none",  # type: ignore[valid-type]
     calibration: Calibration = None,
     as_json: AsJson = False,
@@ -211,7 +206,7 @@ def evaluate_(
 
     with one_line_errors(quiet):
         base = (str(method), calibration, settings or {})
-        result = measure(model, text, context, windows, DTYPES[dtype], *base)
+        result = measure(model, text, context, windows, torch_dtype(dtype), *base)
     if as_json:
         print_json(result)
         return
@@ -332,7 +327,7 @@ def bench(
             family, quick=quick, out=out, threads=threads, device=device, console=console(quiet=as_json)
         )
     if as_json:
-        print_json(records, indent=None)
+        print_json({name: each.to_dict() for name, each in records.items()}, indent=None)
 
 
 @app.command()

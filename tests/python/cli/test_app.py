@@ -15,6 +15,7 @@ pytest.importorskip("gguf")
 import octavo  # noqa: E402
 from command import TEXT, byte_tokenizer, left_behind, octavo_, refused, tiny  # noqa: E402
 from octavo import models  # noqa: E402
+from octavo.bench.common import Record  # noqa: E402
 from octavo.integrations.bitsandbytes import to_bitsandbytes_state  # noqa: E402
 from octavo.models import evaluate  # noqa: E402
 from octavo.nn import Int8Linear, NF4Linear  # noqa: E402
@@ -254,7 +255,7 @@ def test_a_directory_with_other_files_is_not_replaced(source, tmp_path):
     with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
         octavo.save_quantized(model, tmp_path / "saved", overwrite=True)
     assert (tmp_path / "saved" / "notes.txt").read_text() == "mine"
-    refused(octavo_("quantize", source, tmp_path / "q" / ".." / "q2" / "x"), "there is no directory")
+    refused(octavo_("quantize", source, ""), "the name of the directory to write is empty")
 
 
 def test_json_has_no_infinity(source, text, tmp_path):
@@ -287,10 +288,19 @@ def test_bench_passes_its_arguments_on(monkeypatch, tmp_path):
     from octavo import bench
 
     calls = []
-    monkeypatch.setattr(bench, "main", lambda family, **keywords: calls.append((family, keywords)))
+    record = Record("int8", {"cpu": "a processor"})
+
+    def main(family, **keywords):
+        calls.append((family, keywords))
+        return {family: record}
+
+    monkeypatch.setattr(bench, "main", main)
     result = octavo_("bench", "int8", "--quick", "--out", tmp_path, "--threads", 1, "--threads", 2)
     assert result.exit_code == 0, result.output
     ((family, given),) = calls
+    as_json = octavo_("bench", "int8", "--json")
+    assert json.loads(as_json.stdout) == {"int8": record.to_dict()}
+    assert calls.pop()[1]["console"].quiet
     assert given.pop("console") is not None
     assert (family, given) == ("int8", {"quick": True, "out": tmp_path, "threads": [1, 2], "device": "cpu"})
 
