@@ -96,6 +96,18 @@ def make_task(
     return Task(name, model, loss, batches, evaluate)
 
 
+# Options of the examples that compare these.
+Beta1 = Annotated[float, typer.Option(help="Decay of the first moment, for all optimizers.")]
+Beta2 = Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")]
+Lion = Annotated[bool, typer.Option("--lion", help="Lion, with 32- and 8-bit state; its own decays are 0.9 and 0.99.")]
+Incumbent = Annotated[
+    bool, typer.Option("--incumbent", help="Also the optimizer of bitsandbytes, which must be installed.")
+]
+Control = Annotated[
+    bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
+]
+
+
 def contenders(
     beta2: float = 0.999, control: bool = False, beta1: float = 0.9, lion: bool = False, incumbent: bool = False
 ) -> Mapping[str, MakeOptimizer]:
@@ -112,8 +124,10 @@ def contenders(
         made["AdamW"] = lambda model: torch.optim.AdamW(model.parameters(), **options)
     made[name] = lambda model: low(model.parameters(), **options)
     if incumbent:
-        import bitsandbytes
-
+        try:
+            import bitsandbytes
+        except ImportError:
+            raise typer.BadParameter("bitsandbytes is missing: pip install bitsandbytes") from None
         other: Any = getattr(bitsandbytes.optim, name)
         made[f"bitsandbytes {name}"] = lambda model: other(model.parameters(), **options)
     if control and not lion:  # the same arithmetic on 32-bit states: how far rounding alone drives two runs apart
@@ -129,22 +143,16 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, no matrix is in 8 bit.")] = 128,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 2e-3,
-    beta1: Annotated[float, typer.Option(help="Decay of the first moment, for all optimizers.")] = 0.9,
-    beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
-    lion: Annotated[
-        bool, typer.Option("--lion", help="Lion, with 32- and 8-bit state; its own decays are 0.9 and 0.99.")
-    ] = False,
-    incumbent: Annotated[
-        bool, typer.Option("--incumbent", help="Also the optimizer of bitsandbytes, which must be installed.")
-    ] = False,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.999,
+    lion: Lion = False,
+    incumbent: Incumbent = False,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradients, for all optimizers; 0: any.")] = 1.0,
     validation: Annotated[int, typer.Option(help="Bytes of held-out text to judge by.")] = 32768,
     stable_embedding: Annotated[
         bool, typer.Option("--stable-embedding", help="octavo.nn.StableEmbedding for the bytes, for all optimizers.")
     ] = False,
-    control: Annotated[
-        bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
-    ] = False,
+    control: Control = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of octavo.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for byte_language_model.json and .png.")] = OUT,
 ) -> None:

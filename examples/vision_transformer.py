@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from byte_language_model import contenders
+from byte_language_model import Beta1, Beta2, Control, Incumbent, Lion, contenders
 from common import Batch, Schedule, Score, Task, console, parameters, train
 from report import OUT, show, write
 from torch import Tensor, nn
@@ -124,18 +124,12 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the model; 4 heads. Below 64, few states are in 8 bit.")] = 96,
     layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
     lr: Annotated[float, typer.Option(help="Highest learning rate: warm-up of a tenth, then a cosine.")] = 1e-3,
-    beta1: Annotated[float, typer.Option(help="Decay of the first moment, for all optimizers.")] = 0.9,
-    beta2: Annotated[float, typer.Option(help="Decay of the second moment, for all optimizers.")] = 0.999,
-    lion: Annotated[
-        bool, typer.Option("--lion", help="Lion, with 32- and 8-bit state; its own decays are 0.9 and 0.99.")
-    ] = False,
-    incumbent: Annotated[
-        bool, typer.Option("--incumbent", help="Also the optimizer of bitsandbytes, which must be installed.")
-    ] = False,
+    beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.999,
+    lion: Lion = False,
+    incumbent: Incumbent = False,
     validation: Annotated[int, typer.Option(help="Pictures to judge by, of the 10,000 for testing.")] = 10000,
-    control: Annotated[
-        bool, typer.Option("--control", help="Also AdamW8bit(bits=32): how much rounding alone changes a run.")
-    ] = False,
+    control: Control = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch and of octavo.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for vision_transformer.json and .png.")] = OUT,
 ) -> None:
