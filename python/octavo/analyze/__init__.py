@@ -24,7 +24,7 @@ from .._version import __version__
 from ..core.console import say
 from ..core.files import read_json
 from ..core.progress import progress_bar
-from ..core.stored import check_fillable, fill_directory
+from ..core.stored import check_fillable
 from ..models import evaluate
 from . import activations, plots, weights
 from .sites import find_sites
@@ -88,7 +88,7 @@ def run(
         "threads": torch.get_num_threads(),
         **analyze(console, network, ids, threshold, settings or Settings()),
     }
-    fill_directory(out, _FILES, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
     plots.activations(record, others, out / "activations.png")
     plots.weights(record, out / "weights.png")
     plots.maps(record, out / "maps.png")

@@ -31,7 +31,7 @@ from ..core.machine import describe_machine
 from ..core.method import Method
 from ..core.method import methods as all_methods
 from ..core.progress import progress_bar
-from ..core.stored import fill_directory
+from ..core.stored import check_fillable
 from ..models import evaluate
 from ..models.quantize import quantize_model
 from ..models.texts import prose
@@ -164,7 +164,9 @@ def run(
     methods = contenders() if methods is None else methods
     source = models.smollm2()
     _need_matplotlib()
-    folder = fill_directory(out, _FILES, overwrite)
+    check_fillable(out, _FILES, overwrite)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     with _Phases(Console(file=sys.stderr, highlight=False)) as phases:
         phases.begin("reading SmolLM2-135M-Instruct")
         reference, tokenizer = models.load_model(source, torch.float32), models.load_tokenizer(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
@@ -187,11 +188,14 @@ def finetune(
 @contextmanager
 def _usage() -> Iterator[None]:
     """What a setting cannot be is wrong usage: exit code 2, as for an option that does not exist."""
+    from ..finetune import Settings
+
     try:
         yield
     except ValueError as error:
         name = str(error).split(" ", 1)[0]
-        hint = f"--{name.replace('_', '-')}" if name.isidentifier() else None
+        known = {field.name for field in dataclasses.fields(Settings)}
+        hint = f"--{name.replace('_', '-')}" if name in known else None
         raise typer.BadParameter(str(error), param_hint=hint) from None
 
 

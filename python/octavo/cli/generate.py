@@ -20,9 +20,16 @@ from ..lora.linear import check_adapter_name
 from ..lora.peft_format import FILES, read_config, read_quantization
 from .app import app
 from .options import Calibration, check_settings, method_option, method_options
-from .shared import DTYPES, SOURCE_HELP, AsJson, Quiet, Threads, console, known_dtype, one_line_errors, print_json, say
+from .shared import SOURCE_HELP, AsJson, Dtype, Quiet, Threads, console, one_line_errors, print_json, say, torch_dtype
 
 _BARE = "none"  # the adapter that is none: the base alone
+# Options that `generate` and `chat` share.
+_Method = method_option(
+    "Quantize the model while it is loaded.", unquantized=True, shown="what the adapter was trained on, or else none"
+)
+_Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token. Higher: more at random.")]
+_Seed = Annotated[int, typer.Option(help="Of the random choices.")]
+_MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")]
 
 
 @app.command()
@@ -42,22 +49,15 @@ def generate(
         str | None,
         typer.Option(show_default="read from standard input, line by line on a terminal", help="What to continue."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 200,
-    method: method_option(  # type: ignore[valid-type]
-        "Quantize BASE while loading.", unquantized=True, shown="what the adapter was trained on, or else none"
-    ) = None,
+    max_tokens: _MaxTokens = 200,
+    method: _Method = None,  # type: ignore[valid-type]
     calibration: Calibration = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's message: use the model's chat template.")
     ] = False,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: always the likeliest token. Higher: more at random.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16, of what is not quantized."),
-    ] = "auto",
+    temperature: _Temperature = 0.0,
+    seed: _Seed = 0,
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
     threads: Threads = None,
@@ -76,11 +76,7 @@ def generate(
     ```
     """
     with one_line_errors(quiet):
-        wanted = _parse(adapter or ())
-        _check_files(wanted)  # before the base, which takes long to load
-        session = _Session(
-            base, method, DTYPES[dtype], wanted, chat, max_tokens, temperature, seed, settings or {}, calibration
-        )
+        session = _Session(base, method, dtype, adapter, chat, max_tokens, temperature, seed, settings, calibration)
         if prompt is None and _readable_input().isatty():
             session.converse()
             return
@@ -110,19 +106,12 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", show_default="the model's own", help="What the model is told first.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 512,
-    method: method_option(  # type: ignore[valid-type]
-        "Quantize MODEL while loading.", unquantized=True, shown="what the adapter was trained on, or else none"
-    ) = None,
+    max_tokens: _MaxTokens = 512,
+    method: _Method = None,  # type: ignore[valid-type]
     calibration: Calibration = None,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: always the likeliest token. Higher: more at random.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random choices.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16, of what is not quantized."),
-    ] = "auto",
+    temperature: _Temperature = 0.0,
+    seed: _Seed = 0,
+    dtype: Dtype = "auto",
     quiet: Quiet = False,
     threads: Threads = None,
     settings: dict[str, Any] | None = None,
@@ -138,11 +127,7 @@ def chat(
     ```
     """
     with one_line_errors(quiet):
-        wanted = _parse(adapter or ())
-        _check_files(wanted)
-        session = _Session(
-            model, method, DTYPES[dtype], wanted, True, max_tokens, temperature, seed, settings or {}, calibration
-        )
+        session = _Session(model, method, dtype, adapter, True, max_tokens, temperature, seed, settings, calibration)
         session.remember(system)
         session.converse(greet=not quiet)
 
@@ -197,8 +182,8 @@ class _Session:
         self,
         base: str,
         method: str | None,
-        dtype: str | None,
-        wanted: dict[str, Path | None],
+        dtype: str,
+        adapter: Sequence[str] | None,
         chat: bool,
         max_tokens: int,
         temperature: float,
@@ -206,8 +191,9 @@ class _Session:
         settings: Mapping[str, Any] | None = None,
         calibration: Path | None = None,
     ) -> None:
-        import torch
 
+        wanted = _parse(adapter or ())
+        _check_files(wanted)  # before the base, which takes long to load
         source = models.resolve(base)
         self.tokenizer = models.load_tokenizer(source)
         self.chat, self.max_tokens, self.temperature, self.seed = chat, max_tokens, temperature, seed
@@ -218,9 +204,8 @@ class _Session:
             method, recorded = _method_of(next(iter(trained_on.values()), None), source, calibration)
             settings = {**recorded, **(settings or {})}
             check_settings(method, settings)
-        of_torch = None if dtype is None else getattr(torch, dtype)
         how: dict[str, Any] = {"calibration": calibration, "tokenizer": self.tokenizer, **(settings or {})}
-        self.model = models.load_base(source, method, of_torch, **how)
+        self.model = models.load_base(source, method, torch_dtype(dtype), **how)
         for name, directory in wanted.items():
             if directory is not None:
                 adapters.load_adapter(self.model, directory, name)
@@ -350,7 +335,7 @@ def _readable_input() -> TextIO:
     """Standard input; what is not text in it is replaced, and one that is closed is empty."""
     if sys.stdin is None:
         return io.StringIO()
-    if isinstance(sys.stdin, io.TextIOWrapper):
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "replace":  # once, before the first read
         sys.stdin.reconfigure(errors="replace")
     return sys.stdin
 

@@ -19,7 +19,7 @@ def measure(
     text: Path,
     context: int,
     limit: int | None,
-    dtype: str | None,
+    dtype: torch.dtype | None,
     method: str = UNQUANTIZED[0],
     calibration: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -32,8 +32,7 @@ def measure(
     source = models.resolve(model)
     tokenizer = models.load_tokenizer(source)
     ids = evaluate.windows(models.tokens_of(tokenizer, text), context, limit)
-    of_torch = None if dtype is None else getattr(torch, dtype)
-    network = models.load_base(source, method, of_torch, calibration=calibration, training=False, **(settings or {}))
+    network = models.load_base(source, method, dtype, calibration=calibration, training=False, **(settings or {}))
     models.check_context(network, context, model)
     with progress_bar("perplexity", len(ids)) as bar:
         score = evaluate.perplexity(network, ids, lambda score: bar(f"{score.perplexity:.3f}"))

@@ -96,6 +96,16 @@ def known_dtype(name: str) -> str:
     return name
 
 
+def torch_dtype(name: str) -> Any:
+    """The dtype of torch that an option names; None for auto."""
+    import torch
+
+    return None if DTYPES[name] is None else getattr(torch, str(DTYPES[name]))
+
+
+Dtype = Annotated[
+    str, typer.Option(callback=known_dtype, help="auto (as stored), fp32, bf16 or fp16: of what is not quantized.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", callback=use_threads, show_default="PyTorch's choice", help="CPU threads."),

@@ -92,34 +92,22 @@ def new_directory(
     shutil.rmtree(temporary, ignore_errors=True)  # the old one, if there was one
 
 
-def fill_directory(target: str | os.PathLike[str], names: Sequence[str], overwrite: bool) -> Path:
-    """Make a directory for results whose files have these names, which are replaced if `overwrite`.
-
-    Raises:
-        FileExistsError, OSError: see `check_fillable`; it cannot be made.
-
-    Example:
-        >>> from octavo.core.stored import fill_directory
-        >>> fill_directory("results", ["a.json"], overwrite=False)
-        PosixPath('results')
-        >>> (_ / "a.json").write_text("{}")
-        2
-        >>> fill_directory("results", ["a.json"], overwrite=False)
-        Traceback (most recent call last):
-        FileExistsError: results exists and holds a.json; pass overwrite=True to replace it
-    """
-    check_fillable(target, names, overwrite)
-    folder = Path(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def check_fillable(target: str | os.PathLike[str], names: Sequence[str], overwrite: bool) -> None:
-    """Before the work: that `fill_directory` will do.
+    """Check, before the work, a directory for results whose files have these names; it need not be there yet.
 
     Raises:
         FileExistsError: it is no directory, or holds one of these files and `overwrite` is not given.
         OSError: it cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from octavo.core.stored import check_fillable
+        >>> check_fillable("results", ["a.json"], overwrite=False)
+        >>> Path("results").mkdir()
+        >>> Path("results/a.json").touch()
+        >>> check_fillable("results", ["a.json"], overwrite=False)
+        Traceback (most recent call last):
+        FileExistsError: results exists and holds a.json; pass overwrite=True to replace it
     """
     folder = Path(target)
     if folder.exists() and not folder.is_dir():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,7 +135,7 @@ def test_a_conversation(files, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     from octavo.cli.generate import _Session
 
-    session = _Session(str(files / "base"), "none", None, {"a": files / "a", "b": files / "b"}, False, 6, 0.0, 0)
+    session = _Session(str(files / "base"), "none", "auto", [f"a={files / 'a'}", f"b={files / 'b'}"], False, 6, 0.0, 0)
     session.converse()
     assert asked == ["a> ", "a> ", "b> ", "b> ", "none> ", "none> ", "none> ", "none> "]
 
@@ -151,7 +153,7 @@ def test_a_conversation_prints_answers_and_errors(files, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     from octavo.cli.generate import _Session
 
-    _Session(str(files / "base"), "none", None, {"a": files / "a", "b": files / "b"}, False, 6, 0.0, 0).converse()
+    _Session(str(files / "base"), "none", "auto", [f"a={files / 'a'}", f"b={files / 'b'}"], False, 6, 0.0, 0).converse()
     printed = capsys.readouterr()
     assert printed.out == expected(files, "b") + "\n"
     assert "there is no adapter c; known: a, b, none" in printed.err
@@ -221,3 +223,14 @@ def test_answers_are_wrapped_between_words():
     assert "".join(map(wrap, ["one two ", "three four\n", "fiveisverylong ", "6 7"])) == (
         "one two \nthree four\nfiveisverylong \n6 7"
     )
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_input_that_is_no_text_or_is_closed(files, command):
+    """In processes of their own: what pytest gives as standard input is neither."""
+    words = [sys.executable, "-m", "octavo", command, str(files / "base"), "--max-tokens", "2", "--dtype", "fp32"]
+    odd = subprocess.run(words, input=b"\377\376 odd\n", capture_output=True)
+    assert odd.returncode == 0 and b"Traceback" not in odd.stderr, odd.stderr
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *words], capture_output=True)
+    assert b"Traceback" not in closed.stderr, closed.stderr
+    assert closed.returncode == (1 if command == "generate" else 0)

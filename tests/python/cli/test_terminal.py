@@ -126,6 +126,9 @@ def test_wrong_options_are_wrong_usage(terminals, at):
     for option in ("--optimizer", "--method", "--dtype"):
         session = terminals.run("finetune", at / "model", "--text", at / "novel.txt", "--out", at / "x", option, "foo")
         assert session.code == 2 and "'foo'" in session.text and option in session.text
+    both = ("--epochs", "2", "--steps", "3")
+    session = terminals.run("finetune", at / "model", "--text", at / "novel.txt", "--out", at / "x", *both)
+    assert session.code == 2 and "give epochs or steps" in session.text and "--give" not in session.text
 
 
 def test_a_conversation(terminals, at):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...core.files import check_regular, read_json, replace_file
+from ...core.files import check_regular, is_left_over, read_json, replace_file
 from .codes import SpQRCodes
 from .config import SpQRConfig
 
@@ -74,8 +74,9 @@ class Store:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         manifest = self.path / _MANIFEST
-        for left in self.path.glob(".*.tmp"):  # half-written by a process that was killed
-            left.unlink(missing_ok=True)
+        for left in self.path.iterdir():
+            if is_left_over(left.name):
+                left.unlink(missing_ok=True)
         if not manifest.exists():
             if any(self.path.iterdir()):
                 raise ValueError(f"{self.path} is not empty and holds no {_MANIFEST}: name another directory")
