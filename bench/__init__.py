@@ -42,8 +42,6 @@ def main(
         raise ValueError(f"threads must be at least 1, got {counts}")
     folder = None if out is None else Path(out)
     console = Console() if console is None else console
-    if not console.is_terminal:
-        console.width = 160  # of the 80 that rich would assume, tables lose half their figures
     records = {}
     for name in FAMILIES if family is None else (family,):
         module = importlib.import_module(f".{name}", __name__)

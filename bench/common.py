@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from octavo.core.machine import describe_machine as describe_machine
 from octavo.core.machine import last_level_cache as last_level_cache
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -280,21 +283,45 @@ def print_skipped(console: Console, record: Record) -> None:
         console.print(f"skipped: {name}: {reason}", markup=False)  # a reason may name an extra: octavo[hf]
 
 
+def print_table(
+    console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None
+) -> None:
+    """A table whose first column names its rows. Where the console is too narrow for all columns, they continue in
+    further tables below, which name the rows again: no figure is cut."""
+    rows = list(rows)
+    widths = [max(cell_len(cells[i]) for cells in (headings, *rows)) + 2 for i in range(len(headings))]
+    parts: list[list[int]] = [[]]
+    for i in range(1, len(headings)):
+        if parts[-1] and widths[0] + sum(widths[j] for j in (*parts[-1], i)) > console.width:
+            parts.append([])
+        parts[-1].append(i)
+    console.print(title, markup=False, highlight=False, style="italic")
+    for part in parts:
+        table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        table.add_column(headings[0], overflow="fold")
+        for i in part:
+            table.add_column(headings[i], justify="right", overflow="fold")
+        for cells in rows:
+            table.add_row(*(escape(cells[i]) for i in (0, *part)))
+        console.print(table)
+    if caption:
+        console.print(caption, markup=False, highlight=False)
+
+
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """One case's rows as a table."""
-    table = Table(title=rows[0].case, title_justify="left")
-    table.add_column("contender")
-    for heading in ("median", "best", "TOP/s", "GB/s", "of limit", "rel. error", *COMPARISON):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            row.method,
-            format_time(row.median_s),
-            format_time(row.best_s),
-            f"{row.tops:.3f}" if row.ops else "",
-            f"{row.gbs:.1f}",
-            "" if row.limit_share is None else f"{row.limit_share:.0%} {row.limit}",
-            "" if row.error is None else f"{row.error:.2e}",
-            *comparison(row),
-        )
-    console.print(table)
+    headings = ("contender", "median", "best", "TOP/s", "GB/s", "of limit", "rel. error", *COMPARISON)
+    print_table(console, rows[0].case, headings, map(_cells, rows))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.method,
+        format_time(row.median_s),
+        format_time(row.best_s),
+        f"{row.tops:.3f}" if row.ops else "",
+        f"{row.gbs:.1f}",
+        "" if row.limit_share is None else f"{row.limit_share:.0%} {row.limit}",
+        "" if row.error is None else f"{row.error:.2e}",
+        *comparison(row),
+    )

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from . import common
 from .common import Call
 
 # k is small, so that an int32 [m, n] (128 MiB) stands far above anything of m x k.
@@ -87,11 +87,13 @@ def measure_all(device: str = "cpu") -> list[dict[str, Any]]:
 
 def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     m, n, k = SHAPE
-    console.print(f"peak memory beyond inputs and result, m={m} {n}x{k} bf16; int32 m x n is {4 * m * n >> 20} MiB:")
-    table = Table("contender", "MiB", "bytes per m*k")
+    title = f"peak memory beyond inputs and result, m={m} {n}x{k} bf16; int32 m x n is {4 * m * n >> 20} MiB"
+    cells = [
+        (row["method"], f"{row['extra_bytes'] / 2**20:.1f}", f"{row['extra_per_mk']:.1f}")
+        for row in rows
+        if "error" not in row
+    ]
+    common.print_table(console, title, ("contender", "MiB", "bytes per m*k"), cells)
     for row in rows:
         if "error" in row:
-            table.add_row(row["method"], row["error"], "")
-        else:
-            table.add_row(row["method"], f"{row['extra_bytes'] / 2**20:.1f}", f"{row['extra_per_mk']:.1f}")
-    console.print(table)
+            console.print(f"{row['method']}: {row['error']}", markup=False)

@@ -14,7 +14,6 @@ from octavo import models, quantize_model
 from octavo.models import evaluate
 from octavo.models.texts import prose
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from . import cases, common, int8, limits
@@ -236,12 +235,9 @@ def bench(
 
 
 def print_rows(console: Console, rows: Sequence[ModelRow]) -> None:
-    table = Table(title=rows[0].case, title_justify="left")
-    table.add_column("contender", overflow="fold")
-    for heading in ("tokens/s", "best", "weights, MB", "of limit", "logits", *common.COMPARISON):
-        table.add_column(heading, justify="right", overflow="fold")
-    for row in rows:
-        table.add_row(
+    headings = ("contender", "tokens/s", "best", "weights, MB", "of limit", "logits", *common.COMPARISON)
+    cells = [
+        (
             row.method,
             f"{row.tokens_per_s:.1f}",
             f"{row.shape[0] / row.best_s:.1f}",
@@ -250,7 +246,9 @@ def print_rows(console: Console, rows: Sequence[ModelRow]) -> None:
             "" if row.error is None else f"{row.error:.2e}",
             *common.comparison(row),
         )
-    console.print(table)
+        for row in rows
+    ]
+    common.print_table(console, rows[0].case, headings, cells)
 
 
 def run(

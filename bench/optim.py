@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from . import cases, common, limits, memory
@@ -156,12 +155,9 @@ def bench(
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    table = Table(title=rows[0].case, title_justify="left")
-    table.add_column("contender")
-    for heading in ("median", "ns / parameter", "best", "GB/s", "of limit", *common.COMPARISON):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
+    headings = ("contender", "median", "ns / parameter", "best", "GB/s", "of limit", *common.COMPARISON)
+    cells = [
+        (
             row.method,
             common.format_time(row.median_s),
             f"{row.median_s / row.shape[1] * 1e9:.2f}",
@@ -170,7 +166,9 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
             f"{row.limit_share:.0%}",
             *common.comparison(row),
         )
-    console.print(table)
+        for row in rows
+    ]
+    common.print_table(console, rows[0].case, headings, cells)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -213,14 +211,16 @@ def measure_all_memory(count: int, device: str, quick: bool) -> list[dict[str, A
 
 
 def print_memory(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("contender", "state, bytes / parameter", "peak of a step, MiB", title_justify="left")
+    title = f"memory with one fp32 tensor of {rows[0]['count']:,} parameters ({rows[0]['count'] * 4 >> 20} MiB)"
+    cells = [
+        (row["method"], f"{row['state_per_param']:.3f}", f"{row['extra_bytes'] / 2**20:.1f}")
+        for row in rows
+        if "error" not in row
+    ]
+    common.print_table(console, title, ("contender", "state, bytes / parameter", "peak of a step, MiB"), cells)
     for row in rows:
         if "error" in row:
-            table.add_row(row["method"], row["error"], "")
-        else:
-            table.add_row(row["method"], f"{row['state_per_param']:.3f}", f"{row['extra_bytes'] / 2**20:.1f}")
-    console.print(f"memory with one fp32 tensor of {rows[0]['count']:,} parameters ({rows[0]['count'] * 4 >> 20} MiB):")
-    console.print(table)
+            console.print(f"{row['method']}: {row['error']}", markup=False)
 
 
 def run(

@@ -28,9 +28,9 @@ from octavo.core.method import find_method
 from octavo.models import evaluate
 from octavo.spqr import SpQRConfig
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
+from . import common
 from .common import describe_machine
 
 GRID_BITS, GRID_GROUP = 4, 32  # of the shipped weights of SmolLM2 (GGUF's Q4_1): such a row would be exact, so none is
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(given.methods or ()) - {name for row in rows for name in (row.name, row.family)}:
         parser.error(f"no row is called {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in rows)}")
     wanted = rows if not given.methods else [r for name in given.methods for r in rows if name in (r.name, r.family)]
-    run(Console(width=160), given, wanted)
+    run(Console(), given, wanted)
 
 
 def run(console: Console, given: argparse.Namespace, wanted: Sequence[Method]) -> dict[str, Any]:
@@ -339,20 +339,17 @@ def _each(
                 path.write_text(json.dumps(record, indent=1) + "\n")
             if not console.is_terminal:  # a log shows that it goes on
                 console.print(f"{subject.name}: {method.name}, {rows[-1].divergence:.4f}, {rows[-1].seconds:.0f} s")
-        console.print(_table(subject, rows, record))
+        _print_table(console, subject, rows, record)
 
 
-def _table(subject: Subject, rows: Sequence[Row], record: dict[str, Any]) -> Table:
+def _print_table(console: Console, subject: Subject, rows: Sequence[Row], record: dict[str, Any]) -> None:
     judged = f"judged on {record['passages']}"
     if subject.prompt is not None:
         judged = f"judged on {record['text']}; calibrated on {record['calibration']}"
-    table = Table(title=f"{subject.name}: {subject.note}", caption=judged)
-    table.add_column("method")
-    headings = ("sequences", "nominal bits", "real bits", "outliers", subject.measure, "perplexity", "decode tok/s")
-    for heading in (*headings, "of fp32", "quantized in"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
+    headings = ("method", "sequences", "nominal bits", "real bits", "outliers", subject.measure, "perplexity")
+    headings = (*headings, "decode tok/s", "of fp32", "quantized in")
+    cells = [
+        (
             row.method,
             str(row.samples or ""),
             _number(row.nominal_bits, ".3f"),
@@ -364,7 +361,9 @@ def _table(subject: Subject, rows: Sequence[Row], record: dict[str, Any]) -> Tab
             _number(row.decode and row.decode_fp32 and row.decode / row.decode_fp32, ".2f"),
             f"{row.seconds:.0f} s" if row.nominal_bits else "",
         )
-    return table
+        for row in rows
+    ]
+    common.print_table(console, f"{subject.name}: {subject.note}", headings, cells, judged)
 
 
 def _number(value: float | None, form: str) -> str:

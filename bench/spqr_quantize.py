@@ -19,8 +19,9 @@ import torch
 from octavo import ops, reference
 from octavo.spqr import Hessian, SpQRConfig, factorize, quantize_weight
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
+
+from .common import print_table
 
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -129,10 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
 
-    table = Table(title=f"SpQR of one layer, {given.threads} threads, seconds: median (range)")
-    for heading in ("layer", "settings", "loop", "factor", "quantize", "times octavo's", "same codes"):
-        table.add_column(heading, justify="left" if heading in ("layer", "settings", "loop") else "right")
-    console = Console(width=None if Console().is_terminal else 140)
+    headings = ("layer", "loop", "factor", "quantize", "times octavo's", "same codes")
+    console = Console()
     for size in given.sizes:
         weight, hessian = layer(size)
         for config in (SpQRConfig(3), SpQRConfig.gptq(4, 64)):
@@ -149,26 +148,27 @@ def main(arguments: list[str] | None = None) -> None:
                     passed, made[name] = timed(functools.partial(quantize_weight, weight, factor, config, **options))
                     times[name].append(passed)
             median = {name: statistics.median(values) for name, values in times.items()}
+            cells = []
             for name, values in times.items():
                 same = float((made[name].codes == made["octavo"].codes).float().mean())
-                table.add_row(
-                    f"{size} x {size}",
-                    str(config),
-                    name,
-                    f"{seconds:.2f}",
-                    f"{median[name]:.2f} ({min(values):.2f}-{max(values):.2f})",
-                    f"{median[name] / median['octavo']:.1f}",
-                    f"{same:.2%}",
+                cells.append(
+                    (
+                        f"{size} x {size}",
+                        name,
+                        f"{seconds:.2f}",
+                        f"{median[name]:.2f} ({min(values):.2f}-{max(values):.2f})",
+                        f"{median[name] / median['octavo']:.1f}",
+                        f"{same:.2%}",
+                    )
                 )
-    console.print(table)
-    console.print(one_block(given.sizes, given.rounds, given.threads))
+            title = f"SpQR of one layer, {config}, {given.threads} threads, seconds: median (range)"
+            print_table(console, title, headings, cells)
+    one_block(console, given.sizes, given.rounds, given.threads)
 
 
-def one_block(sizes: list[int], rounds: int, threads: int) -> Table:
+def one_block(console: Console, sizes: list[int], rounds: int, threads: int) -> None:
     """The loop alone: 128 columns of the layer, without the products between blocks and the report of the error."""
-    table = Table(title=f"128 columns of it, {threads} threads, milliseconds: median (range)")
-    for heading in ("rows", "settings", "octavo", "PyTorch", "times octavo's"):
-        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    cells = []
     for size in sizes:
         generator = torch.Generator().manual_seed(size)
         weight = torch.randn(size, 128, generator=generator) * 1000
@@ -185,8 +185,9 @@ def one_block(sizes: list[int], rounds: int, threads: int) -> Table:
                     times[name].append(timed(functools.partial(loop, weight, factor, *arguments))[0] * 1e3)
             shown = [f"{statistics.median(t[1:]):.2f} ({min(t[1:]):.2f}-{max(t[1:]):.2f})" for t in times.values()]
             ratio = statistics.median(times["PyTorch"][1:]) / statistics.median(times["octavo"][1:])
-            table.add_row(str(size), f"{text}, {share:.1%} outliers", *shown, f"{ratio:.0f}")
-    return table
+            cells.append((f"{size} rows, {text}, {share:.1%} outliers", *shown, f"{ratio:.0f}"))
+    title = f"128 columns of it, {threads} threads, milliseconds: median (range)"
+    print_table(console, title, ("settings", "octavo", "PyTorch", "times octavo's"), cells)
 
 
 if __name__ == "__main__":

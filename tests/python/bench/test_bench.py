@@ -370,6 +370,22 @@ def test_table_and_plot_show_every_contender(record, tmp_path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("width", [66, 80, 120, 200])
+def test_no_figure_is_cut(record, width):
+    row = dataclasses.replace(record.rows[1], method="bitsandbytes dequantize + matmul", limit="compute", limit_share=0.5)
+    row = dataclasses.replace(row, versus="octavo, blocks of 64", ratio=(0.9, 1.25, 99.75), busy_ratio=(1.0, 2.5, 3.0))
+    console = Console(width=width, record=True, file=io.StringIO())
+    common.print_rows(console, [record.rows[0], row])
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    for cells in map(common._cells, (record.rows[0], row)):
+        assert all(cell in text for cell in cells)
+    for heading in ("TOP/s", "rel. error", *common.COMPARISON):
+        assert text.count(heading) == 1
+    assert text.count("contender") == text.count(row.method)  # every table names its rows
+    assert (text.count("contender") == 1) == (width == 200)
+
+
 def test_plot_of_nothing_is_an_error(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="nothing to plot"):
