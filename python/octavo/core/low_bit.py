@@ -9,7 +9,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .weight_view import WeightView, read_only
+
 _Self = TypeVar("_Self", bound="FrozenBuffers")
+_Layer = TypeVar("_Layer", bound="LowBitLinear")
 
 
 class FrozenBuffers(nn.Module):
@@ -33,8 +36,13 @@ class FrozenBuffers(nn.Module):
         return self
 
 
-class LowBitLinear(FrozenBuffers, ABC):
+class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
     """A linear layer whose weight is stored in few bits: what all such layers do alike.
+
+    It is a `torch.nn.Linear` to who asks, as libraries that adapt or shard such layers do, and keeps what that
+    promises: `in_features`, `out_features`, `bias`, and a `weight` [n, k] to read. That is a `WeightView`: a float
+    tensor that is dequantized where it is used. What is stored is `codes`, and other tensors beside it; in state dicts
+    the codes have the name `key`.
 
     A subclass names its tensors and the fields of its configuration, and writes `forward`, `_dequantized`,
     `nominal_bits`, `from_configuration` and `tensor_errors`; without one of them it cannot be made. The
@@ -43,6 +51,8 @@ class LowBitLinear(FrozenBuffers, ABC):
     Attributes:
         in_features, out_features: k and n.
         bias: [out_features], parameter, or None.
+        compute_dtype: of `weight`, and of `dequantize` by default: that of the weight that was quantized, until
+            ``.to(dtype)`` changes it as it would change a `torch.nn.Linear`.
         stored_as: the name that files have for the class, given by the registry.
         tensors: names of the tensors of the weight; the bias is beside them.
         key: the tensor without which a state has no weight.
@@ -57,11 +67,30 @@ class LowBitLinear(FrozenBuffers, ABC):
     fields: ClassVar[Mapping[str, Any]]
     in_features: int
     out_features: int
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
+    compute_dtype: torch.dtype
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
+        nn.Module.__init__(self)  # torch.nn.Linear's would make a weight
         self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = dtype or torch.get_default_dtype()
+
+    def reset_parameters(self) -> None:
+        """There is nothing to initialize: the weight comes from `from_linear` or a state dict."""
+        raise RuntimeError(f"{type(self).__name__} has no initial values: quantize a layer that has, or load a state")
+
+    def _apply(self: _Layer, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Layer:
+        super()._apply(fn, recurse)
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        if dtype.is_floating_point:
+            self.compute_dtype = dtype
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A float weight in the place of codes would be multiplied by as if it were codes.
+        if name == "weight" and (self.key != name or (value is not None and value.is_floating_point())):
+            raise read_only(self)
+        super().__setattr__(name, value)
 
     def _zero_bias(self, wanted: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         zeros = nn.Parameter(torch.zeros(self.out_features, device=device, dtype=dtype)) if wanted else None
@@ -80,21 +109,36 @@ class LowBitLinear(FrozenBuffers, ABC):
         """Make it the module's tensor of this name."""
         self._buffers[name] = tensor
 
+    def _tensor(self, name: str) -> Tensor | None:
+        """The stored tensor of this name."""
+        return self._parameters[name] if name in self._parameters else self._buffers[name]
+
     # ---- the weight --------------------------------------------------------------------------------------------------
 
     @property
+    def codes(self) -> Tensor:
+        """What is stored of the weight under `key`: the quantized codes."""
+        return self._parameters[self.key] if self.key in self._parameters else self._buffers[self.key]  # type: ignore[return-value]
+
+    @property
     def qweight(self) -> Tensor:
-        """The tensor without which there is no weight: PEFT looks at its device."""
-        found: Tensor = getattr(self, self.key)
-        return found
+        """`codes`, by the name under which PEFT looks for a quantized weight's device."""
+        return self.codes
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that the layer multiplies by, [n, k] in `compute_dtype`: see `octavo.core.weight_view`."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return self._dequantized(self.compute_dtype)  # removed from the graph where only its dtype is asked
+        return WeightView(self)
 
     @abstractmethod
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [n, k], rounded once to `dtype`."""
 
     def float_dtype(self) -> torch.dtype:
-        """The dtype of the unquantized layer: by default that of the bias, or the default dtype where there is none."""
-        return torch.get_default_dtype() if self.bias is None else self.bias.dtype
+        """The dtype of the unquantized layer."""
+        return self.compute_dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A `torch.nn.Linear` with the weight that this module multiplies by, rounded once to `dtype`.
@@ -128,7 +172,7 @@ class LowBitLinear(FrozenBuffers, ABC):
     @property
     def real_bits(self) -> float:
         """Bits per weight as stored, everything counted but the bias."""
-        tensors = [tensor for name in self.tensors if (tensor := getattr(self, name)) is not None]
+        tensors = [tensor for name in self.tensors if (tensor := self._tensor(name)) is not None]
         stored: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return 8 * stored / max(1, self.in_features * self.out_features)
 
@@ -211,9 +255,9 @@ class LowBitLinear(FrozenBuffers, ABC):
 
     def fit_to(self, state: Mapping[str, Tensor]) -> None:
         """Make room for the tensors of a state; a new weight also brings which optional tensors it has."""
-        device = getattr(self, self.key).device
+        device = self.codes.device
         for name in self.tensors:
-            current, new = getattr(self, name), state.get(name)
+            current, new = self._tensor(name), state.get(name)
             if new is None:
                 if name in self.optional and self.key in state:
                     self._put(name, None)

@@ -199,7 +199,7 @@ class _Trainer:
         rows = self.model.get_input_embeddings().weight.shape[0]
         if data.largest >= rows:
             raise ValueError(f"the tokenizer of {source.path} gives id {data.largest}, the model has {rows} embeddings")
-        weights = [layer.weight for layer in linear_layers(self.model) if isinstance(layer, nn.Linear)]
+        weights = [layer.weight for layer in linear_layers(self.model) if type(layer) is nn.Linear]
         largest = max((min(weight.shape) for weight in weights), default=0)
         if settings.rank > largest > 0:
             raise ValueError(f"rank {settings.rank} is more than a linear layer of this model can have: {largest}")

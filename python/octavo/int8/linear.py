@@ -91,7 +91,8 @@ class Int8Linear(LowBitLinear):
     quantized state keeps its dtypes.
 
     Attributes:
-        weight: int8 [out_features, in_features], buffer.
+        weight: reads as the dequantized weight: see `octavo.core.low_bit.LowBitLinear`.
+        codes: int8 [out_features, in_features], buffer; "weight" in state dicts.
         weight_scale: fp32 [out_features], buffer.
         bias: [out_features], parameter, or None.
         threshold: 0 (every column in int8) or positive; 6.0 in the paper.
@@ -117,7 +118,6 @@ class Int8Linear(LowBitLinear):
     tensors = ("weight", "weight_scale", "outlier_slot", "outlier_weight")
     optional: ClassVar[dict[str, str]] = {"outlier_slot": "kept_columns", "outlier_weight": "kept_columns"}
     fields: ClassVar[dict[str, Any]] = {"threshold": (int, float), "kept_columns": int}
-    weight: Tensor
     weight_scale: Tensor
     outlier_slot: Tensor | None
     outlier_weight: Tensor | None
@@ -131,10 +131,10 @@ class Int8Linear(LowBitLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype` is the bias's; the default dtype where it is None."""
-        super().__init__(in_features, out_features)
+        """`dtype` is the bias's, and `compute_dtype`; the default dtype where it is None."""
+        super().__init__(in_features, out_features, dtype)
         self.threshold = check_threshold(threshold)
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self._put("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         self.register_buffer("outlier_slot", None)
         self.register_buffer("outlier_weight", None)
@@ -162,8 +162,9 @@ class Int8Linear(LowBitLinear):
         """
         check_weight(linear)
         weight = linear.weight.detach()
-        out = cls(linear.in_features, linear.out_features, linear.bias is not None, threshold, "meta")
-        out.weight, out.weight_scale = ops.quantize_rowwise(weight)
+        out = cls(linear.in_features, linear.out_features, linear.bias is not None, threshold, "meta", weight.dtype)
+        codes, out.weight_scale = ops.quantize_rowwise(weight)
+        out._put("weight", codes)
         out._copy_bias(linear.bias)
         ids = _column_ids(() if keep_columns is None else keep_columns, linear.in_features)
         if len(ids):
@@ -181,7 +182,7 @@ class Int8Linear(LowBitLinear):
         return out
 
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
-        weight = ops.dequantize_rowwise(self.weight, self.weight_scale, dtype)
+        weight = ops.dequantize_rowwise(self.codes, self.weight_scale, dtype)
         if self.outlier_slot is not None and self.outlier_weight is not None:  # kept columns are exact
             kept = self.outlier_slot >= 0
             weight[:, kept] = self.outlier_weight[self.outlier_slot[kept].long()].t().to(dtype)
@@ -223,7 +224,7 @@ class Int8Linear(LowBitLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return int8_matmul(
-            x, self.weight, self.weight_scale, self.bias, self.threshold, self.outlier_slot, self.outlier_weight
+            x, self.codes, self.weight_scale, self.bias, self.threshold, self.outlier_slot, self.outlier_weight
         )
 
     def _described(self) -> dict[str, Any]:

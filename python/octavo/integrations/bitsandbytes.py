@@ -61,8 +61,8 @@ def to_bitsandbytes_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _layer_state(layer: Int8Linear | NF4Linear, name: str) -> dict[str, Tensor]:
     if isinstance(layer, Int8Linear):
-        out = {"weight": layer.weight, "SCB": layer.weight_scale * 127.0}
-        out["weight_format"] = torch.zeros((), dtype=torch.uint8, device=layer.weight.device)
+        out = {"weight": layer.codes, "SCB": layer.weight_scale * 127.0}
+        out["weight_format"] = torch.zeros((), dtype=torch.uint8, device=layer.codes.device)
     else:
         try:
             out = write_linear4bit(layer.packed_weight.map(Tensor.detach))

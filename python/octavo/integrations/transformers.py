@@ -315,7 +315,7 @@ def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, head
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
     described = sizes | config.layout(name)
     if stored is None:
-        return cls.from_configuration(described, dtype)
+        return _computing_in(dtype, cls.from_configuration(described, dtype))
     state = _stored_state(stored, (*cls.tensors, "bias"), headers)
     described |= cls.read_from(state)
     if missing := sorted(cls.tensor_names(described) - state.keys()):
@@ -324,7 +324,12 @@ def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, head
     if errors := cls.tensor_errors(state, described):
         raise ValueError(f"{stored}: {errors[0]}")
     new.fit_to(state)
-    return new
+    return _computing_in(dtype, new)
+
+
+def _computing_in(dtype: torch.dtype, layer: LowBitLinear) -> LowBitLinear:
+    layer.compute_dtype = dtype
+    return layer
 
 
 def _stored_method(stored: str, method: Method, config: OctavoConfig, headers: _Headers) -> str | None:

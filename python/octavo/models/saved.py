@@ -5,7 +5,8 @@
 ``octavo.json``
     ``format_version``, ``octavo_version``; ``method``: "int8", "nf4", "spqr" or, for a model with several, "mixed";
     ``modules``: for every quantized module by its name ``method`` (where it is absent, the one above),
-    ``in_features``, ``out_features``, ``bias``, and for int8 ``threshold`` and ``kept_columns``, for nf4
+    ``in_features``, ``out_features``, ``bias``, ``compute_dtype`` (may be absent), and for int8
+    ``threshold`` and ``kept_columns``, for nf4
     ``quant_type``, ``blocksize``, ``double_quant`` and ``weight_dtype``, for spqr ``bits``, ``group_size``,
     ``stats_group_size``, ``scale_bits``, ``zero_bits``, ``bilevel`` and ``perm`` (whether there are such tensors),
     ``outliers`` (how many); ``tied``: name of a tensor to the name that it is stored under; ``tensors``: ``bytes`` and
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..core.checks import FLOATS, name_of_dtype
 from ..core.files import read_json, sha256_of
 from ..core.low_bit import LowBitLinear
 from ..core.method import layer_class, stored_methods
@@ -41,6 +43,7 @@ from ..lora.linear import LoRALinear
 from ..switchback.linear import Int8Weight
 
 FORMAT_VERSION = 1
+FLOAT_NAMES = tuple(map(name_of_dtype, FLOATS))
 # What tokenizers of transformers are stored in.
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -100,7 +103,10 @@ def save_quantized(
             "Save the model's state_dict"
         )
     tensors, tied = _tensors_to_write(model)
-    modules = {name: {"method": layer.stored_as} | layer.configuration() for name, layer in layers.items()}
+    modules = {
+        name: {"method": layer.stored_as, "compute_dtype": name_of_dtype(layer.compute_dtype)} | layer.configuration()
+        for name, layer in layers.items()
+    }
     for name, layer in layers.items():
         if errors := layer.errors(layer.state_dict(), modules[name]):
             raise ValueError(f"{name}: {errors[0]}")
@@ -289,6 +295,8 @@ def load_quantized(
         if current not in layers:
             dtype = tensors[f"{name}.bias"].dtype if config["bias"] else None
             made = layer_class(config["method"]).from_configuration(config, dtype)
+            if "compute_dtype" in config:
+                made.compute_dtype = getattr(torch, config["compute_dtype"])
             layers[current] = made.train(current.training)
         model.set_submodule(name, layers[current])
     model.load_state_dict(tensors, assign=True)
@@ -318,6 +326,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         _check_keys(where, f"module {name!r}", config, keys)
         if config.setdefault("method", method) not in known_methods:
             raise ValueError(f"{where}: module {name!r} has method = {config['method']!r}")
+        if config.get("compute_dtype", "float32") not in FLOAT_NAMES:
+            raise ValueError(f"{where}: module {name!r} has compute_dtype = {config['compute_dtype']!r}")
         kind = known_methods[config["method"]]
         _check_keys(where, f"module {name!r}", config, dict(kind.fields))
         try:

@@ -33,7 +33,8 @@ class NF4Linear(LowBitLinear):
         in_features, out_features: k and n, any.
         quant_type: "nf4", "fp4", "nf2", "nf3" or "nf8".
         blocksize: weights of the flattened matrix that share an absmax.
-        weight: uint8 [ceil(n * k * bits / 8)]: the codes, as `octavo.ops.nf4_quantize` packs them.
+        weight: reads as the dequantized weight: see `octavo.core.low_bit.LowBitLinear`.
+        codes: uint8 [ceil(n * k * bits / 8)], as `octavo.ops.nf4_quantize` packs them; "weight" in state dicts.
         absmax: fp32 [ceil(n * k / blocksize)]; uint8 with double quantization.
         nested_absmax, offset: fp32, or None without double quantization.
         weight_dtype: of the weight that was quantized, and of `dequantize` by default.
@@ -56,7 +57,6 @@ class NF4Linear(LowBitLinear):
     tensors = ("weight", "absmax", "nested_absmax", "offset")
     optional: ClassVar[dict[str, str]] = {"nested_absmax": "double_quant", "offset": "double_quant"}
     fields: ClassVar[dict[str, Any]] = {"quant_type": str, "blocksize": int, "double_quant": bool, "weight_dtype": str}
-    weight: nn.Parameter
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
@@ -73,7 +73,7 @@ class NF4Linear(LowBitLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         """`dtype` is the bias's, and `weight_dtype`; the default dtype where it is None."""
-        super().__init__(in_features, out_features)
+        super().__init__(in_features, out_features, dtype)
         check_options(quant_type, blocksize)
         self.quant_type, self.blocksize = quant_type, blocksize
         self.weight_dtype = dtype or torch.get_default_dtype()
@@ -95,9 +95,9 @@ class NF4Linear(LowBitLinear):
         self._parameters.pop(name, None)
         self._buffers.pop(name, None)
         if tensor is not None and tensor.dtype is torch.uint8:
-            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+            self._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
         else:
-            self.register_buffer(name, None if tensor is None else tensor.detach())
+            self._buffers[name] = None if tensor is None else tensor.detach()
 
     @classmethod
     def from_linear(
@@ -151,7 +151,7 @@ class NF4Linear(LowBitLinear):
     def packed_weight(self) -> NF4Weight:
         """The weight: the module's own tensors, not copies."""
         shape = torch.Size((self.out_features, self.in_features))
-        tensors = (self.weight, self.absmax, self.nested_absmax, self.offset)
+        tensors = (self.codes, self.absmax, self.nested_absmax, self.offset)
         return NF4Weight(*tensors, shape, self.weight_dtype, self.quant_type, self.blocksize)
 
     def float_dtype(self) -> torch.dtype:
@@ -235,7 +235,7 @@ class NF4Linear(LowBitLinear):
             raise RuntimeError(
                 f"NF4Linear: x of shape {list(x.shape)} does not end with in_features {self.in_features}"
             )
-        tensors = (self.weight, self.absmax, self.nested_absmax, self.offset)
+        tensors = (self.codes, self.absmax, self.nested_absmax, self.offset)
         return nf4_matmul_flat(x, tensors, self.bias, self.out_features, self.quant_type, self.blocksize)
 
     def _described(self) -> dict[str, Any]:

@@ -119,7 +119,6 @@ class SpQRLinear(LowBitLinear):
         "perm": bool,
         "outliers": int,
     }
-    codes: Tensor
     statistics: Tensor
     second_order: Tensor | None
     unit: Tensor
@@ -140,8 +139,8 @@ class SpQRLinear(LowBitLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`dtype` is the bias's; the default dtype where it is None."""
-        super().__init__(in_features, out_features)
+        """`dtype` is the bias's, and `compute_dtype`; the default dtype where it is None."""
+        super().__init__(in_features, out_features, dtype)
         options = SpQROptions(bits, group_size, stats_group_size, scale_bits, zero_bits)
         options.check()
         if in_features % group_size:
@@ -154,7 +153,7 @@ class SpQRLinear(LowBitLinear):
 
         tiles, groups = -(-out_features // 16), in_features // group_size
         second_shape = (-(-out_features // stats_group_size), groups, 4)
-        self.register_buffer("codes", zeros(tiles, -(-in_features // 32), bits, 16))
+        self._put("codes", zeros(tiles, -(-in_features // 32), bits, 16))
         self.register_buffer("statistics", zeros(tiles, groups, 2 * (scale_bits + zero_bits), dtype=torch.uint8))
         self.register_buffer("second_order", zeros(*second_shape, dtype=torch.float16))
         self.register_buffer("unit", torch.ones(1, dtype=torch.float32, device=device))
@@ -169,12 +168,15 @@ class SpQRLinear(LowBitLinear):
         return SpQROptions(self.bits, self.group_size, self.stats_group_size, self.scale_bits, self.zero_bits)
 
     @classmethod
-    def from_weight(cls, weight: SpQRWeight, bias: Tensor | None = None) -> SpQRLinear:
+    def from_weight(
+        cls, weight: SpQRWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> SpQRLinear:
         """A module with this weight: its tensors are shared, the bias is copied.
 
         Args:
             weight: on any device.
             bias: [weight.n], fp32, fp16 or bf16, on the weight's device; it goes on to require a gradient if it did.
+            dtype: `compute_dtype`; the bias's, or the default dtype, where it is None.
 
         Raises:
             ValueError: tensors that do not fit together, values that kernels cannot trust (all of them are named).
@@ -182,7 +184,8 @@ class SpQRLinear(LowBitLinear):
         options = SpQROptions(
             weight.bits, weight.group_size, weight.stats_group_size, weight.scale_bits, weight.zero_bits
         )
-        out = cls(weight.k, weight.n, False, *options, device="meta")
+        dtype = bias.dtype if dtype is None and bias is not None else dtype
+        out = cls(weight.k, weight.n, False, *options, device="meta", dtype=dtype)
         state = {name: getattr(weight, name) for name in TENSORS if getattr(weight, name) is not None}
         if bias is not None:
             state["bias"] = bias

@@ -187,7 +187,7 @@ def _replace(model: nn.Module, names: list[str], linear: nn.Linear, codes: SpQRC
         figures["outlier_share"] = codes.outlier_share
         return LayerReport(names[0], (codes.n, codes.k), before, before, {**figures, "error": error})
     packed = SpQRWeight.pack(codes).to(linear.weight.device)
-    new = SpQRLinear.from_weight(packed, linear.bias)
+    new = SpQRLinear.from_weight(packed, linear.bias, linear.weight.dtype)
     put(model, names, new)
     return report_of(names[0], new, before, error=error)
 

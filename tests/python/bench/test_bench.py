@@ -372,7 +372,8 @@ def test_table_and_plot_show_every_contender(record, tmp_path):
 
 @pytest.mark.parametrize("width", [66, 80, 120, 200])
 def test_no_figure_is_cut(record, width):
-    row = dataclasses.replace(record.rows[1], method="bitsandbytes dequantize + matmul", limit="compute", limit_share=0.5)
+    row = dataclasses.replace(record.rows[1], method="bitsandbytes dequantize + matmul")
+    row = dataclasses.replace(row, limit="compute", limit_share=0.5)
     row = dataclasses.replace(row, versus="octavo, blocks of 64", ratio=(0.9, 1.25, 99.75), busy_ratio=(1.0, 2.5, 3.0))
     console = Console(width=width, record=True, file=io.StringIO())
     common.print_rows(console, [record.rows[0], row])
