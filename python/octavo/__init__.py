@@ -12,6 +12,7 @@ from . import _C as _C
 from . import nn, ops, optim
 from ._version import __version__
 from .blockwise import dequantize_blockwise, quantize_blockwise
+from .core.bridges import connect as _connect_other_libraries
 from .core.moved import install as _find_moved_modules
 from .int8 import int8_matmul
 from .lora import add_lora, load_adapter, merge_adapter, remove_lora, save_adapter, set_adapter, unmerge_adapter
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 _find_moved_modules()
+_connect_other_libraries()
 
 # Modules that are imported by their first use: the first, because it imports transformers only then.
 _LAZY = ("integrations", "reference")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import octavo
 import torch
+from octavo.core.low_bit import LowBitLinear
 from octavo.core.method import stored_methods
 from octavo.nn import LoRALinear, NF4Linear, SpQRLinear
 from spqr_weights import random_weight
@@ -34,7 +35,7 @@ def train_by_hand(layer: LoRALinear, name: str = "default", std: float = 0.1) ->
 
 def dense(base: nn.Module) -> torch.Tensor:
     """The matrix that a base stands for, fp32."""
-    return (base if isinstance(base, nn.Linear) else base.dequantize(torch.float32)).weight.detach().float()
+    return (base.dequantize(torch.float32) if isinstance(base, LowBitLinear) else base).weight.detach().float()
 
 
 class Block(nn.Module):

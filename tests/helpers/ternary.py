@@ -37,13 +37,13 @@ class TernaryLinear(LowBitLinear):
         return 8.0  # an int8 holds a code
 
     def _dequantized(self, dtype):
-        return (self.weight.float() * self.scale[:, None]).to(dtype)
+        return (self.codes.float() * self.scale[:, None]).to(dtype)
 
     def forward(self, x):
         return F.linear(x, self._dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def figures(self):
-        return {"real_bits": self.real_bits, "zeros": float((self.weight == 0).float().mean())}
+        return {"real_bits": self.real_bits, "zeros": float((self.codes == 0).float().mean())}
 
     @classmethod
     def from_configuration(cls, config, dtype):

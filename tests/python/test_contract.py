@@ -75,7 +75,8 @@ def linears(model):
 
 
 def tensors_of(layer):
-    return {name: value for name in layer.tensors if (value := getattr(layer, name)) is not None}
+    found = {name: layer._parameters.get(name, layer._buffers.get(name)) for name in layer.tensors}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def assert_same_bits(a, b):
@@ -168,7 +169,7 @@ def check_skip(case, tmp_path):
     model, report = case.quantize(Two(case).eval(), skip=leaf)
     assert {*report.skipped} == {f"first.{leaf}", f"second.{leaf}"}
     model = Two(case).eval()
-    with pytest.raises(ValueError, match=r"skip names no torch\.nn\.Linear of Two: nothing_here"):
+    with pytest.raises(ValueError, match=r"skip names no linear layer of Two: nothing_here"):
         case.quantize(model, skip=["first", "nothing_here"])
     assert not case.layers(model)
 
@@ -229,6 +230,39 @@ def check_save_load(case, tmp_path):
         assert_same_bits(loaded.state_dict(), model.state_dict())
         assert case.layers(loaded).keys() == case.layers(model).keys()
         assert torch.equal(run(loaded, case.trial.inputs()), run(model, case.trial.inputs()))
+
+
+@contract
+def check_weight(case, tmp_path):
+    """The layers are torch.nn.Linear with a float weight to read, the one that they multiply by, and not to write."""
+    model, _ = case.quantize()
+    for layer in case.layers(model).values():
+        assert isinstance(layer, nn.Linear) and layer.weight.dtype is torch.float32
+        assert layer.weight.shape == (layer.out_features, layer.in_features) and not layer.weight.requires_grad
+        assert torch.equal(layer.weight.clone(), layer.dequantize(torch.float32).weight)
+        assert torch.equal(layer.weight.bfloat16(), layer.dequantize(torch.float32).weight.bfloat16())
+        x = torch.randn(3, layer.in_features, requires_grad=True)
+        y = nn.functional.linear(x, layer.weight, layer.bias)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(grad, layer.dequantize(torch.float32).weight.sum(0).expand(3, -1))
+        before = {name: tensor.clone() for name, tensor in tensors_of(layer).items()}
+        writes = (
+            lambda w: w.data.mul_(2),
+            lambda w: w.add_(1),
+            lambda w: nn.init.zeros_(w),
+            lambda w: w.requires_grad_(),
+            lambda w: w.__setitem__(0, 1.0),
+            lambda w: w.copy_(torch.zeros_like(w)),
+            lambda w: setattr(w, "data", torch.zeros(w.shape)),
+            lambda w, layer=layer: setattr(layer, "weight", nn.Parameter(torch.zeros(w.shape))),
+        )
+        for write in writes:
+            with pytest.raises(RuntimeError, match="weight is read from quantized codes"):
+                write(layer.weight)
+        assert_same_bits(tensors_of(layer), before)
+        assert layer.half().weight.dtype is torch.float16
+        meta = copy.deepcopy(layer).to("meta")
+        assert meta.weight.is_meta and (meta.weight @ meta.weight.t()).is_meta
 
 
 @contract

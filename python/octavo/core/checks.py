@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _C
 
+WIDE_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # which no codes are in
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_K = 131071  # csrc/int8/gemm.h: beyond it a sum of int8 products can leave int32
 

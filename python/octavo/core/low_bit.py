@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .checks import WIDE_FLOATS
+from .transposed import store_transposed
 from .weight_view import WeightView, read_only
 
 _Self = TypeVar("_Self", bound="FrozenBuffers")
@@ -57,6 +60,8 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
         tensors: names of the tensors of the weight; the bias is beside them.
         key: the tensor without which a state has no weight.
         optional: tensors that need not be there, each with the field of the configuration that says whether it is.
+        flat_in_files: whether codes of the weight's own shape are flat in files of transformers, where who cannot read
+            them would take them for the weight. `unflattened` then gives them their shape again.
         fields: of the configuration, beside ``in_features``, ``out_features`` and ``bias``, with their types.
     """
 
@@ -64,11 +69,15 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
     tensors: ClassVar[tuple[str, ...]]
     key: ClassVar[str] = "weight"
     optional: ClassVar[Mapping[str, str]] = {}
+    flat_in_files: ClassVar[bool] = False
     fields: ClassVar[Mapping[str, Any]]
     in_features: int
     out_features: int
     bias: nn.Parameter | None  # type: ignore[assignment]
     compute_dtype: torch.dtype
+    _stored = False
+    _reading = False
+    _octavo_transposed = False  # whether it was a Conv1D of transformers: see linears.py
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)  # torch.nn.Linear's would make a weight
@@ -86,10 +95,24 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
             self.compute_dtype = dtype
         return self
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As of every module; codes may have the name ``weight``."""
+        if name not in (self.key, "weight"):
+            return super().register_buffer(name, tensor, persistent)
+        self._buffers[name] = tensor
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; codes may have the name ``weight``."""
+        if name not in (self.key, "weight"):
+            return super().register_parameter(name, param)
+        self._parameters[name] = param
+
     def __setattr__(self, name: str, value: Any) -> None:
         # A float weight in the place of codes would be multiplied by as if it were codes.
-        if name == "weight" and (self.key != name or (value is not None and value.is_floating_point())):
+        if name == "weight" and (self.key != name or (value is not None and value.dtype in WIDE_FLOATS)):
             raise read_only(self)
+        if name == self.key and isinstance(value, Tensor):
+            value = self.unflattened({name: value}, self._sizes())[name]
         super().__setattr__(name, value)
 
     def _zero_bias(self, wanted: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -113,6 +136,15 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
         """The stored tensor of this name."""
         return self._parameters[name] if name in self._parameters else self._buffers[name]
 
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """For who moves tensors by their names: within this, ``weight`` is the tensor of that name."""
+        self._stored = self.key == "weight"
+        try:
+            yield
+        finally:
+            self._stored = False
+
     # ---- the weight --------------------------------------------------------------------------------------------------
 
     @property
@@ -128,9 +160,18 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight that the layer multiplies by, [n, k] in `compute_dtype`: see `octavo.core.weight_view`."""
+        codes = self.codes
+        if self._stored or hasattr(codes, "full_tensor"):  # FSDP2 looks here for the shard that it has put here
+            return codes
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return self._dequantized(self.compute_dtype)  # removed from the graph where only its dtype is asked
-        return WeightView(self)
+        if not codes.is_meta:
+            return WeightView(self)
+        # An offloaded tensor is told from others by its identity; where there are no values, a circle holds no memory.
+        kept = self.__dict__.get("_meta_view")
+        if not isinstance(kept, WeightView) or kept._layer is not self or kept.dtype is not self.compute_dtype:
+            kept = self.__dict__["_meta_view"] = WeightView(self)
+        return kept
 
     @abstractmethod
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -139,6 +180,10 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
     def float_dtype(self) -> torch.dtype:
         """The dtype of the unquantized layer."""
         return self.compute_dtype
+
+    def default_dtype(self) -> torch.dtype:
+        """`compute_dtype` of a layer that files say nothing of: the bias's dtype, or fp32."""
+        return torch.float32 if self.bias is None else self.bias.dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A `torch.nn.Linear` with the weight that this module multiplies by, rounded once to `dtype`.
@@ -151,6 +196,8 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
         if self.bias is not None:
             bias = self.bias.detach().to(dtype or self.bias.dtype, copy=True)
             linear.bias = nn.Parameter(bias, self.bias.requires_grad)
+        if self._octavo_transposed:
+            store_transposed(linear)
         return linear.train(self.training)
 
     def quantize_like(self, linear: nn.Linear) -> LowBitLinear:
@@ -243,6 +290,11 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
         """Whether tensors with these names and dtypes are those of such a layer."""
         return cls.key in stored
 
+    @classmethod
+    def unflattened(cls, state: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A state whose codes may have been flattened, as files of transformers have them, as the module has it."""
+        return state
+
     # ---- state dicts -------------------------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
@@ -283,8 +335,13 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
         error_msgs: list[str],
     ) -> None:
         state = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state = self.unflattened(state, self._sizes())
         errors, attributes = self._translate(state)
-        errors = errors or self.tensor_errors(state, self.configuration())
+        whole = state
+        if self.key not in state:  # a part, or nothing: who loads it is told which keys are missing
+            own = {name: self._tensor(name) for name in self.tensors}
+            whole = {name: tensor for name, tensor in own.items() if tensor is not None} | state
+        errors = errors or self.tensor_errors(whole, self.configuration())
         if errors:
             where = f"{type(self).__name__} {prefix[:-1]!r}" if prefix else type(self).__name__
             error_msgs.extend(f"{where}: {error}" for error in errors)

@@ -252,4 +252,6 @@ def tie(model: nn.Module, tied: dict[str, str]) -> None:
     for name, source in tied.items():
         owner, _, leaf = name.rpartition(".")
         source_owner, _, source_leaf = source.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, getattr(model.get_submodule(source_owner), source_leaf))
+        module = model.get_submodule(source_owner)
+        tensors = module._parameters if source_leaf in module._parameters else module._buffers
+        setattr(model.get_submodule(owner), leaf, tensors[source_leaf])

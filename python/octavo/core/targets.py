@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .checks import check_weight, module_bytes
+from .linears import from_conv1d, is_conv1d, is_linear, is_stored_transposed
 from .low_bit import LowBitLinear
 from .report import LayerReport
 
@@ -30,6 +32,7 @@ class Target:
 
     names: list[str]
     linear: nn.Linear
+    module: nn.Module  # that the model has: the layer itself, or the Conv1D that it stands for
 
 
 def add_hint(applies: Callable[[nn.Module], bool], hint: str) -> None:
@@ -40,6 +43,18 @@ def add_hint(applies: Callable[[nn.Module], bool], hint: str) -> None:
 def hints(model: nn.Module) -> list[tuple[str, str]]:
     """Names of modules that stand in the way, with what to do."""
     return [(name, hint) for name, m in model.named_modules() for applies, hint in _hints if applies(m)]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile's module, DataParallel and DistributedDataParallel: its names are those in
+    files."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
@@ -111,10 +126,11 @@ def read_by_torch(model: nn.Module) -> set[int]:
 def find_targets(
     model: nn.Module, skip: str | Iterable[str] = SKIP, widest: int | None = None
 ) -> tuple[list[Target], dict[str, str]]:
-    """The `torch.nn.Linear` layers to quantize, checked, and those that are left alone, with the reason.
+    """The linear layers to quantize, checked, and all other weights of matrix products, with why they are left alone.
 
     Args:
-        skip: patterns of layers to leave alone.
+        skip: patterns of layers to leave alone. By default also the output layer of a transformers model, and the
+            head that it has for a task, which is new where a checkpoint is trained for another one.
         widest: the largest in_features.
 
     Raises:
@@ -122,45 +138,116 @@ def find_targets(
             cannot be quantized; the layer is named.
     """
     patterns = as_patterns("skip", skip)
-    if type(model) is nn.Linear:
+    if is_linear(model) or is_conv1d(model):
         raise ValueError(
-            "the model is itself a Linear; use from_linear of octavo.nn.Int8Linear or NF4Linear, or "
+            f"the model is itself a {type(model).__name__}; use from_linear of octavo.nn.Int8Linear or NF4Linear, or "
             "octavo.spqr.quantize_weight"
         )
-    found: dict[nn.Module, list[str]] = {}
+    found, others = linears_of(model)
+    named = {**found, **{module: [name] for name, module in model.named_modules() if name in others}}
+    check_patterns("skip", patterns, named.values(), f"linear layer of {type(model).__name__}")
+    reasons = _left_by_transformers(model, by_default=patterns == SKIP)
     owners: dict[Tensor, set[nn.Module]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is nn.Linear:
-            found.setdefault(module, []).append(name)
+    for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(parameter, set()).add(module)
-    check_patterns("skip", patterns, found.values(), f"torch.nn.Linear of {type(model).__name__}")
     fused = read_by_torch(model)
     targets, skipped = [], {}
     for module, names in found.items():
-        assert isinstance(module, nn.Linear)
+        weight = module._parameters.get("weight")
+        width = weight.shape[0 if is_conv1d(module) else 1] if weight is not None else 0
         if any(matches(names, pattern) for pattern in patterns):
-            skipped[names[0]] = "as asked"
-        elif module._parameters.get("weight") is None:
-            skipped[names[0]] = "its weight is not a parameter"
-        elif len(owners[module.weight]) > 1:
-            skipped[names[0]] = "its weight is shared with another module"
+            why = "as asked"
+        elif weight is None:
+            why = "its weight is not a parameter"
+        elif len(owners[weight]) > 1:
+            why = "its weight is shared with another module"
         elif id(module) in fused:
-            skipped[names[0]] = "torch's TransformerEncoderLayer reads its weight itself"
+            why = "torch's TransformerEncoderLayer reads its weight itself"
         elif _has_hooks(module):
-            skipped[names[0]] = "it has hooks, which a new module would lose"
-        elif widest is not None and module.in_features > widest:
-            skipped[names[0]] = f"in_features {module.in_features} is more than {widest}"
+            why = "it has hooks, which a new module would lose"
+        elif named_by := next((reasons[name] for name in names if name in reasons), ""):
+            why = named_by
+        elif widest is not None and width > widest:
+            why = f"in_features {width} is more than {widest}"
         else:
-            targets.append(Target(names, module))
+            targets.append(Target(names, from_conv1d(module) if is_conv1d(module) else cast(nn.Linear, module), module))
+            continue
+        skipped[names[0]] = why
     if not targets:
-        skipped |= dict(hints(model))
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
-        raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize{reasons and ':'}{reasons}")
+        left = skipped | others | dict(hints(model))
+        said = "".join(f"\n  {name}: {reason}" for name, reason in left.items())
+        raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize{said and ':'}{said}")
     for target in targets:
         check_weight(target.linear, target.names[0])
-    return targets, skipped
+    return targets, skipped | others
+
+
+def linears_of(model: nn.Module) -> tuple[dict[nn.Module, list[str]], dict[str, str]]:
+    """The linear layers of a model, with all their names, and its other weights of matrix products, with a reason."""
+    found: dict[nn.Module, list[str]] = {}
+    others: dict[str, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_linear(module) or is_conv1d(module):
+            found.setdefault(module, []).append(name)
+        elif not isinstance(module, LowBitLinear) and (reason := _other_product(module)):
+            others[name] = reason
+    return found, others
+
+
+def _other_product(module: nn.Module) -> str:
+    """Why a module is left alone that multiplies by weights of its own; "" for one that does not."""
+    size = sum(p.nbytes for p in module._parameters.values() if p is not None)
+    kept = f"{size / 1e6:.2f} MB" if size >= 1e4 else f"{size} B"
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module) and hasattr(module, "weight"):
+        return f"its weight is computed by a parametrization of its {kind}"
+    if isinstance(module, nn.Linear):
+        return f"what its class {kind} does beside a product would be lost, {kept}"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"torch.nn.MultiheadAttention multiplies by its input projection itself, {kept}"
+    if isinstance(module, nn.Bilinear | nn.RNNBase | nn.RNNCellBase):
+        return f"no method knows a {kind}, {kept}"
+    if any(p is not None and p.dim() == 3 and min(p.shape) > 1 for p in module._parameters.values()) and not isinstance(
+        module, nn.modules.conv._ConvNd
+    ):
+        return f"its weights are 3-D (experts), which no method knows yet, {kept}"
+    return ""
+
+
+def _left_by_transformers(model: Any, by_default: bool) -> dict[str, str]:
+    """Layers that transformers leaves alone in a model of its own, with the reason."""
+    if not hasattr(model, "all_tied_weights_keys") or not hasattr(model, "_keep_in_fp32_modules"):
+        return {}
+    reasons: dict[str, str] = {}
+    names = [name for name, module in model.named_modules() if is_linear(module) or is_conv1d(module)]
+    kept = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for name in names:
+        if any(matches((name,), pattern) for pattern in kept):
+            reasons[name] = "transformers keeps it in fp32"
+    if getattr(getattr(model, "config", None), "model_type", "") == "rwkv":
+        rescaled = ("*.attention.output", "*.feed_forward.value")
+        found = [name for name in names if any(matches((name,), pattern) for pattern in rescaled)]
+        reasons |= dict.fromkeys(found, "rwkv rescales its weight in place")
+    if by_default:
+        if names and hasattr(model, "get_output_embeddings") and (head := model.get_output_embeddings()) is not None:
+            reasons |= {name: "it is the output layer" for name in names if model.get_submodule(name) is head}
+        for name in _of_task(model, names):
+            reasons.setdefault(name, "it is of the task's head, which another task trains anew")
+    tied: Mapping[str, str] = model.all_tied_weights_keys or {}
+    for key in (*tied.keys(), *tied.values()):
+        reasons[key.removesuffix(".weight")] = "its weight is shared with another module"
+    return reasons
+
+
+def _of_task(model: Any, names: Sequence[str]) -> list[str]:
+    """The layers outside of the base model, where a model for a task has one that is most of it."""
+    prefix: str = getattr(model, "base_model_prefix", "")
+    if not prefix or getattr(model, prefix, None) is None:
+        return []
+    outside = [name for name in names if not name.startswith(f"{prefix}.")]
+    return outside if 2 * len(outside) < len(names) else []
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -187,6 +274,7 @@ def replace_each(
         target = targets.pop()  # the last reference to the layer, but for the model's
         before = module_bytes(target.linear)
         new = convert(target)
+        new._octavo_transposed = is_stored_transposed(target.linear)
         put(model, target.names, new)
         layers.append(report_of(target.names[0], new, before))
         done(target.names[0])

@@ -1,4 +1,5 @@
-"""`WeightView`: a low-bit layer's ``weight``, for code that reads it past the layer's forward."""
+"""`WeightView` and `SumView`: the ``weight`` of low-bit and of adapted layers, for code that reads it past their
+forward."""
 
 from __future__ import annotations
 
@@ -38,28 +39,34 @@ gives a torch.nn.Linear, merge_adapter puts an adapter into the weights
     def __new__(cls, layer: Any) -> WeightView:
         shape = (layer.out_features, layer.in_features)
         codes = layer.codes
-        view: WeightView = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=layer.compute_dtype, device=codes.device
-        )
+        view: WeightView = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.compute_dtype, device=codes.device)
         view._layer = layer
         view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers would fill a new weight
+        view._is_param = isinstance(codes, torch.nn.Parameter)  # for get_parameter
         return view
 
     def dequantized(self) -> Tensor:
         """The weight as a tensor like any other."""
         if self.device.type == "meta":
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
-        found: Tensor = self._layer._dequantized(self.dtype)
+        if self._layer._reading:
+            kind = type(self._layer).__name__
+            raise RuntimeError(f"{kind}._dequantized reads {kind}.weight, which it makes: its codes are {kind}.codes")
+        self._layer._reading = True
+        try:
+            found: Tensor = self._layer._dequantized(self.dtype)
+        finally:
+            self._layer._reading = False
         return found
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.dequantized())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dequantized()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dequantized().__reduce_ex__(protocol)
+        return self.dequantized().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     @classmethod
     def __torch_function__(
@@ -84,15 +91,71 @@ gives a torch.nn.Linear, merge_adapter puts an adapter into the weights
         return func(*args, **kwargs)
 
 
+class SumView(Tensor):
+    """What ``layer.weight`` is of a layer with adapters: base and active adapter summed up when it is used, and
+    differentiable in the adapter. Asking for dtype, device or shape sums up nothing; writing to it raises.
+
+    Example:
+        >>> import octavo, torch
+        >>> layer = octavo.nn.LoRALinear(torch.nn.Linear(4, 2), rank=1)
+        >>> (layer.weight @ torch.ones(4)).sum().backward()
+        >>> layer.lora_B["default"].grad is not None
+        True
+    """
+
+    _layer: Any
+
+    @staticmethod
+    def __new__(cls, layer: Any, like: Tensor) -> SumView:
+        view: SumView = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        view._layer = layer
+        view._is_hf_initialized = True  # type: ignore[attr-defined]
+        return view
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self._layer.summed_weight())
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SHAPES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        writes = name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1:] == "_" != name[-2:-1])
+        if isinstance(args[0] if args else None, SumView) and writes and name != "__invert__":
+            raise read_only(args[0]._layer)
+        if func is _SLOTS["data"].__get__:
+            return args[0]
+        args, kwargs = tree_map_only(SumView, lambda v: v._layer.summed_weight(), (tuple(args), dict(kwargs)))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(
+            SumView, lambda v: v._layer.summed_weight().detach(), (tuple(args), dict(kwargs or {}))
+        )
+        return func(*args, **kwargs)
+
+
 _SLOTS: Mapping[str, Any] = vars(torch._C.TensorBase)
-_WRITES = (_SLOTS["data"].__set__, _SLOTS["grad"].__set__, Tensor.set_)
+_WRITES = (_SLOTS["data"].__set__, _SLOTS["grad"].__set__, Tensor.set_, Tensor.__setitem__)
+_SHAPES = {
+    *(_SLOTS[name].__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "grad")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point),
+}
 _GRADIENTS = (_SLOTS["requires_grad"].__set__, Tensor.requires_grad_)
 
 
 def read_only(layer: Any) -> RuntimeError:
-    """The error of who writes to a low-bit layer's weight."""
+    """The error of who writes to a weight that is computed when it is read."""
     name = "this" if layer is None else type(layer).__name__
+    made = "from base and adapter" if hasattr(layer, "summed_weight") else "from quantized codes"
     return RuntimeError(
-        f"{name}.weight is read from quantized codes, what is written to it would be lost: dequantize() gives a "
+        f"{name}.weight is read {made}, what is written to it would be lost: dequantize() gives a "
         "torch.nn.Linear, merge_adapter puts an adapter into the weights"
     )

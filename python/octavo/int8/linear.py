@@ -116,6 +116,7 @@ class Int8Linear(LowBitLinear):
     """
 
     tensors = ("weight", "weight_scale", "outlier_slot", "outlier_weight")
+    flat_in_files = True
     optional: ClassVar[dict[str, str]] = {"outlier_slot": "kept_columns", "outlier_weight": "kept_columns"}
     fields: ClassVar[dict[str, Any]] = {"threshold": (int, float), "kept_columns": int}
     weight_scale: Tensor
@@ -134,7 +135,7 @@ class Int8Linear(LowBitLinear):
         """`dtype` is the bias's, and `compute_dtype`; the default dtype where it is None."""
         super().__init__(in_features, out_features, dtype)
         self.threshold = check_threshold(threshold)
-        self._put("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.zeros(out_features, dtype=torch.float32, device=device))
         self.register_buffer("outlier_slot", None)
         self.register_buffer("outlier_weight", None)
@@ -218,6 +219,13 @@ class Int8Linear(LowBitLinear):
     @classmethod
     def recognizes(cls, stored: Mapping[str, torch.dtype]) -> bool:
         return stored.get("weight") is torch.int8
+
+    @classmethod
+    def unflattened(cls, state: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+        codes, sizes = state.get("weight"), (config["out_features"], config["in_features"])
+        if codes is not None and codes.dim() == 1 and codes.numel() == sizes[0] * sizes[1]:
+            return {**state, "weight": codes.view(sizes)}
+        return state
 
     def _translate(self, state: dict[str, Tensor]) -> tuple[list[str], dict[str, Any]]:
         return read_linear8bit(state), {}

@@ -14,7 +14,8 @@ from ..core.files import read_json
 from ..int8.method import Int8
 from ..nf4.linear import NF4Linear
 from ..nf4.method import NF4
-from .transformers import SAFETENSORS_DTYPES, OctavoConfig, mark_quantized
+from ._checkpoint import SAFETENSORS_DTYPES
+from .transformers import OctavoConfig, mark_quantized
 
 if TYPE_CHECKING:
     from .bitsandbytes import Checkpoint

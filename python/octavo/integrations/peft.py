@@ -1,164 +1,201 @@
-"""PEFT's own LoRA on octavo's layers: ``get_peft_model(model, register(config, model))``.
+"""PEFT on octavo's layers: ``get_peft_model(model, LoraConfig(...))``, as on any model.
 
-PEFT knows the layers that it may adapt. `register` tells a ``LoraConfig`` about octavo's, through PEFT's mapping of
-custom modules; training, saving, loading, switching and disabling adapters are then PEFT's own, and merging is exact.
+octavo's layers are `torch.nn.Linear` to PEFT, whose adapters of every kind train on them. Its LoRA layer over one of
+them is `OctavoLoraLinear`, whose merging is exact. For other kinds of adapters (IA3, AdaLoRA, VeRA, OFT, ...) merging
+raises, as they would write into the quantized weight; ``layer.dequantize()`` gives one that they can be merged into.
 
 ```python
 import peft
-from octavo.integrations.peft import register
 
-model = peft.get_peft_model(model, register(peft.LoraConfig(r=64, target_modules="all-linear"), model))
-
-config = peft.LoraConfig.from_pretrained("./adapter")
-model = peft.PeftModel.from_pretrained(model, "./adapter", config=register(config, model))
+model = peft.get_peft_model(model, peft.LoraConfig(r=64, target_modules="all-linear", use_dora=True))
+model = peft.PeftModel.from_pretrained(model, "./adapter")
 ```
 """
 
 from __future__ import annotations
 
+import functools
+import re
+import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import Linear
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..core.checks import device_of
-from ..core.method import stored_methods
-from ..lora.linear import dtype_of, is_linear, merged_linear
-from ..lora.merging import float_dtype
-from ..lora.peft_format import BASE_KEPT, shortest
+from ..core.low_bit import LowBitLinear
+from ..lora.linear import exact_weight, rounded_linear
+from ..lora.peft_format import BASE_KEPT
 
 __all__ = ["OctavoLoraLinear", "register"]
 
+TESTED = ((0, 18), (0, 21))  # the first and the last minor version of PEFT that this was tried with
+
+_PREPARE = "prepare_model_for_kbit_training"
+
+
+def connect(module: Any) -> None:
+    """Let PEFT make `OctavoLoraLinear` layers, and let its preparation for training see that a model is quantized."""
+    found = re.match(r"(\d+)\.(\d+)", module.__version__)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not TESTED[0] <= version <= TESTED[1]:
+        first, last = (".".join(map(str, v)) for v in TESTED)
+        warnings.warn(
+            f"octavo was tried with PEFT {first} to {last} and leaves {module.__version__} as it is: its adapters work "
+            "on octavo's layers, and merging them raises",
+            stacklevel=2,
+        )
+        return
+    if getattr(LoraModel._create_new_module, "_of_octavo", False):
+        return
+    make = LoraModel._create_new_module
+
+    @functools.wraps(make)
+    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, LowBitLinear) or kwargs.get("parameter_name") is not None:
+            return make(lora_config, adapter_name, target, **kwargs)  # type: ignore[no-any-return]
+        if getattr(lora_config, "fan_in_fan_out", False):
+            warnings.warn("fan_in_fan_out is for weights [in, out]; octavo's are [out, in]: it is off", stacklevel=2)
+            lora_config.fan_in_fan_out = False
+            kwargs.pop("fan_in_fan_out", None)
+        # Before 0.21 PEFT gave the settings one by one, from 0.19 on it gives the configuration, too.
+        config = {} if version < (0, 19) else {"config": lora_config}
+        return OctavoLoraLinear(target, adapter_name, **config, **kwargs)
+
+    create_new_module._of_octavo = True  # type: ignore[attr-defined]
+    LoraModel._create_new_module = staticmethod(create_new_module)
+    prepare: Any = peft.prepare_model_for_kbit_training
+
+    @functools.wraps(prepare)
+    def prepare_model_for_kbit_training(model: Any, *args: Any, **kwargs: Any) -> Any:
+        model = prepare(model, *args, **kwargs)
+        wanted = args[0] if args else kwargs.get("use_gradient_checkpointing", True)
+        if wanted and any(isinstance(m, LowBitLinear) for m in model.modules()):
+            _switch_checkpointing_on(model, (args[1:2] or (kwargs.get("gradient_checkpointing_kwargs"),))[0])
+        return model
+
+    for name, loaded in list(sys.modules.items()):
+        if name.partition(".")[0] == "peft" and vars(loaded).get(_PREPARE) is prepare:
+            setattr(loaded, _PREPARE, prepare_model_for_kbit_training)
+
+
+def _switch_checkpointing_on(model: Any, options: dict[str, Any] | None) -> None:
+    """What PEFT does with models that transformers itself calls quantized."""
+    options = options or {}
+    if options.get("use_reentrant", True) and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    if callable(enable := getattr(model, "gradient_checkpointing_enable", None)):
+        enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+
 
 def register(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Let a ``LoraConfig`` adapt octavo's layers.
-
-    ``target_modules="all-linear"`` includes them.
-
-    Args:
-        config: changed in place.
-        model: that it will be used for, or a ``PeftModel`` of it; merged layers are in the dtype that it computes in.
-
-    Returns:
-        The configuration.
+    """The configuration as it is: PEFT knows octavo's layers by itself, as soon as octavo is imported.
 
     Example:
         >>> import peft, torch, octavo
-        >>> from octavo.integrations.peft import register
         >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
-        >>> model = peft.get_peft_model(model, register(peft.LoraConfig(r=2, target_modules=["0"]), model))
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
         >>> type(model.base_model.model[0]).__name__
         'OctavoLoraLinear'
     """
-    if config.target_modules == "all-linear":
-        config.target_modules = _all_linear(model)
-    made: Any = partial(OctavoLoraLinear, merge_dtype=float_dtype(model))
-    config._register_custom_module(dict.fromkeys(stored_methods().values(), made))
     return config
 
 
-def _all_linear(model: nn.Module) -> list[str]:
-    """PEFT's own "all-linear" sees classes that it knows; like it, this leaves the output layer out."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    find = getattr(inner, "get_output_embeddings", None)
-    head = None if find is None else find()
-    chosen, modules, within = set(), [], set()
-    for name, module in inner.named_modules():
-        if id(module) in within:
-            continue
-        modules.append(name)
-        if isinstance(module, BaseTunerLayer):
-            within |= {id(m) for m in module.modules()}
-        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if is_linear(base) and base is not head:
-            chosen.add(name)
-    return shortest(chosen, modules)
-
-
 class OctavoLoraLinear(Linear):  # type: ignore[misc]
-    """PEFT's LoRA layer over an octavo layer, which PEFT makes of one that `register` told it about.
+    """PEFT's LoRA layer over an octavo layer: LoRA, rsLoRA, DoRA and what else PEFT's own has.
 
     ``merge`` puts a `torch.nn.Linear` in the base's place, its weight the sum of the dequantized one and the adapters
-    in fp32, rounded once; ``unmerge`` brings the base back to the bit.
+    in fp32, rounded once to the base's `compute_dtype`; ``unmerge`` brings the base back to the bit. An initialisation
+    that changes the base's weight (PiSSA, OLoRA, LoftQ, ...) quantizes it again, with the base's settings.
+
+    Raises:
+        ValueError: a merged weight with NaN or Inf; `lora_bias`, which cannot be merged; an initialisation that changes
+            the weight of a base that is not quantized without calibration data.
 
     Example:
         >>> import peft, torch, octavo
-        >>> from octavo.integrations.peft import register
         >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64)))
-        >>> model = peft.get_peft_model(model, register(peft.LoraConfig(r=2, target_modules=["0"]), model))
+        >>> model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
         >>> layer = model.base_model.model[0]
         >>> layer(torch.randn(2, 64)).shape, layer.active_adapters
         (torch.Size([2, 64]), ['default'])
     """
 
     base_layer: Any
+    _by_peft = False  # whether PEFT's own merging is at work, on a float layer in the base's place
 
-    def __init__(
-        self, base: nn.Module, adapter_name: str, *args: Any, merge_dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> None:
-        self._merge_dtype = merge_dtype
+    def __init__(self, base: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._unmerged: tuple[Any, ...] = ()  # the base, while another layer is in its place
         super().__init__(base, adapter_name, *args, **kwargs)
         if self.fan_in_fan_out:
             raise ValueError(f"fan_in_fan_out is {self.fan_in_fan_out}; weights of octavo's layers are [out, in]")
-        self._unmerged: tuple[nn.Module, ...] = ()  # the base, while another layer is in its place
 
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], None]:
-        return {(): None}  # plain LoRA: others, as use_dora, read the base's weight
-
-    def resolve_lora_variant(self, **settings: Any) -> None:
-        variant = super().resolve_lora_variant(**settings)
-        if variant is not None:  # before PEFT 0.21, which asks lora_variants
-            asked = ", ".join(name for name, value in settings.items() if value)
-            raise ValueError(f"octavo's layers take plain LoRA, not {type(variant).__name__} ({asked})")
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         init = getattr(kwargs.get("config"), "init_lora_weights", kwargs.get("init_lora_weights", True))
-        if init not in BASE_KEPT:
-            raise ValueError(
-                f"init_lora_weights {init!r} changes the base's weights; those of octavo's layers are frozen"
-            )
-        super().update_layer(adapter_name, r, lora_alpha, *args, **kwargs)
-
-    def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        return module.in_features, module.out_features
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, None]:
-        return device_of(base_layer), None
+        if init in BASE_KEPT:
+            super().update_layer(adapter_name, *args, **kwargs)
+            return
+        base = self.base_layer
+        linear = base.dequantize(torch.float32)
+        before = linear.weight.detach().clone()
+        self.base_layer = linear
+        try:
+            super().update_layer(adapter_name, *args, **kwargs)
+        finally:
+            self.base_layer = base
+        if not torch.equal(linear.weight.detach(), before):
+            self.base_layer = base.quantize_like(linear).to(device_of(base))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Compute by the exact merged matrix. NaN and Inf are refused, as by PEFT's `safe_merge`, whatever that is."""
+        if self._by_peft:  # which unmerges and merges again to see the weight without one adapter
+            super().merge(safe_merge, adapter_names)
+            return
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         if not names:
             return
         if biased := [name for name in names if self.lora_bias.get(name)]:
             raise ValueError(f"lora_bias of adapter {biased[0]!r} is True: it cannot be merged into octavo's layers")
-        base = self._unmerged[0] if self._unmerged else self.base_layer
-        merged = [*self.merged_adapters, *names]
-        delta = sum((self._delta(name) for name in merged), start=torch.zeros((), device=device_of(base)))
-        layer, _, _ = merged_linear(base, delta, self._merge_dtype or dtype_of(base), ", ".join(map(repr, merged)))
-        self._unmerged = (base,)
-        self.base_layer = layer.train(self.training)
-        self.merged_adapters.extend(names)
+        before, held, merged = self.base_layer, list(self.merged_adapters), [*self.merged_adapters, *names]
+        base, adapters = self._unmerged[0] if self._unmerged else before, ", ".join(map(repr, merged))
+        self.base_layer = rounded_linear(exact_weight(base, adapters), None, torch.float32, adapters)
+        self.merged_adapters.clear()
+        self._by_peft = True
+        try:
+            super().merge(safe_merge=False, adapter_names=merged)
+            layer = rounded_linear(self.base_layer.weight.detach(), base.bias, base.compute_dtype, adapters)
+        except BaseException:
+            self.base_layer, self.merged_adapters[:] = before, held
+            raise
+        finally:
+            self._by_peft = False
+        self._unmerged, self.base_layer = (base,), layer.train(self.training)
 
     def unmerge(self) -> None:
-        if not self.merged:
+        if self._by_peft:
+            super().unmerge()
+        elif not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.base_layer, self._unmerged = self._unmerged[0], ()
-        self.merged_adapters.clear()
+        else:
+            self.base_layer, self._unmerged = self._unmerged[0], ()
+            self.merged_adapters.clear()
 
-    def _delta(self, name: str) -> Tensor:
-        a, b = self.lora_A[name].weight.detach().float(), self.lora_B[name].weight.detach().float()
-        return torch.mul(b @ a, self.scaling[name])
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s * B @ A`` in fp32, whatever the adapter is in."""
+        a, b = self.lora_A[adapter].weight.detach().float(), self.lora_B[adapter].weight.detach().float()
+        return torch.mul(b @ a, self.scaling[adapter])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for base in self.__dict__.get("_unmerged", ()):
             base._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+connect(peft)

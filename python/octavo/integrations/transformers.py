@@ -1,50 +1,52 @@
 """octavo in transformers: ``AutoModelForCausalLM.from_pretrained(path, quantization_config=OctavoConfig())``.
 
-Importing this module registers the quantizer, so that a directory saved with it loads like any other checkpoint.
-Weights are quantized, to int8 or 4 bits, one tensor at a time while the checkpoint is read: at most one of them is in
-memory unquantized. SpQR needs calibration data, which loading has not: `octavo.quantize_model` makes such a model,
-`mark_quantized` lets it be saved by its ``save_pretrained``, and from there it loads like any other.
+transformers knows the method "octavo" as soon as torch is imported (see ``octavo_autoload``), so that a directory saved
+with it loads like any other checkpoint. Weights are quantized, to int8 or 4 bits, one tensor at a time while the
+checkpoint is read: at most one of them is in memory unquantized. Layers that the checkpoint does not have, as the head
+of another task, stay `torch.nn.Linear` and are initialized as usual. SpQR needs calibration data, which loading has
+not: `octavo.quantize_model` makes such a model. What octavo changes in a transformers model is recorded in its
+configuration (`mark_all`), so that its own ``save_pretrained`` writes it and ``from_pretrained`` reads it: layers of
+any method, LoRA adapters, also on an unquantized base.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..core.linears import from_conv1d, is_conv1d, is_stored_transposed
 from ..core.low_bit import LowBitLinear
-from ..core.method import Method, find_method, layer_class, methods
-from ..core.targets import SKIP, as_patterns, matches
+from ..core.method import Method, find_method, is_unquantized, layer_class, methods
+from ..core.targets import SKIP, as_patterns, find_targets, linears_of
+from ..lora.layers import unwrapped
+from ..lora.linear import LoRAConfig, LoRALinear
+from ..switchback.linear import Int8Weight
+from ._checkpoint import Stored, keep_whole, read_headers
 
 FORMAT_VERSION = 1
-SAFETENSORS_DTYPES = {
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_Headers = dict[str, tuple[str, list[int]]]  # tensor name -> safetensors dtype, shape
 
 
-@register_quantization_config("octavo")
 class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to quantize a model while transformers loads it; saved in its ``config.json``.
 
     Args:
         method: "int8": LLM.int8() (arXiv 2208.07339). "nf4" or "fp4": 4 bits, as QLoRA (arXiv 2305.14314) has them.
             "spqr": SpQR (arXiv 2306.03078), for checkpoints that hold such layers already. In a checkpoint of nf4 or
-            spqr a layer whose weight is stored in int8 or unquantized is loaded as that.
+            spqr a layer whose weight is stored in int8 or unquantized is loaded as that. "none": adapters alone.
         skip: patterns (as of `fnmatch`, or plain names) of layers to leave alone: full names, last components of names,
             or modules that contain the layers.
         format_version: of the saved tensors; written and checked by octavo.
+        layers: settings of layers that differ from the others, by name; written by octavo.
+        adapters: LoRA adapters by the name of their layer; written by octavo.
         settings: what all layers have in common. int8: ``threshold``; nf4: ``quant_type``, ``blocksize``,
             ``double_quant``; spqr: ``bits``, ``group_size``, ``stats_group_size``, ``scale_bits``, ``zero_bits``. See
             the methods' ``Settings``, and `octavo.spqr.SpQRWeight`. They are attributes of the configuration.
@@ -67,30 +69,61 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         skip: str | Iterable[str] = SKIP,
         format_version: int = FORMAT_VERSION,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        adapters: Mapping[str, Mapping[str, Any]] | None = None,
         **settings: Any,
     ) -> None:
         settings.pop("quant_method", None)
         if format_version != FORMAT_VERSION:
             raise ValueError(f"octavo format_version {format_version!r}: this octavo reads {FORMAT_VERSION}")
+        self.quant_method = "octavo"
+        self.skip = list(as_patterns("skip", skip))
+        self.format_version = format_version
+        self.layers = {name: _checked_layer(name, given) for name, given in (layers or {}).items()}
+        self.adapters = {name: _checked_adapters(name, given) for name, given in (adapters or {}).items()}
+        if is_unquantized(method):
+            self.method = method
+            return
         found, given = find_method(method, settings)
         given = {name: value for name, value in given.items() if value is not None}
         own = methods()[found.stored]
         known = own.layout_defaults()
         beside = {name: value for other in own.beside for name, value in methods()[other].layout_defaults().items()}
         found.check_names((name for name in given if name not in beside), known=tuple(known))
-        self.quant_method = "octavo"
         self.method = own.name
-        self.skip = list(as_patterns("skip", skip))
-        self.format_version = format_version
         for name in (own.name, *own.beside):
             defaults = methods()[name].layout_defaults()
             layout = {key: given.get(key, value) for key, value in defaults.items()}
             self.__dict__.update(methods()[name].check_layout(layout))
 
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written to ``config.json``: without what is empty."""
+        found: dict[str, Any] = super().to_dict()
+        return {name: value for name, value in found.items() if name not in ("layers", "adapters") or value}
+
     def layout(self, stored: str | None = None) -> dict[str, Any]:
         """The settings that the configuration records for all layers of a method; None means its own method."""
-        names = methods()[stored or self.method].layout_defaults()
-        return {name: getattr(self, name) for name in names}
+        defaults = methods()[stored or self.method].layout_defaults()
+        return {name: getattr(self, name, default) for name, default in defaults.items()}
+
+
+def _checked_layer(name: str, given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping) or given.get("method") not in methods():
+        raise ValueError(f"quantization_config has layers[{name!r}] = {given!r}, without a method that octavo knows")
+    method = methods()[given["method"]]
+    layout = {key: value for key, value in given.items() if key != "method"}
+    method.check_names(layout, known=tuple(method.layout_defaults()))
+    return {"method": method.name, **method.check_layout({**method.layout_defaults(), **layout})}
+
+
+def _checked_adapters(name: str, given: Any) -> dict[str, Any]:
+    try:
+        for adapter, settings in given["adapters"].items():
+            LoRAConfig(**settings).check()
+            str(adapter)
+        return {"adapters": dict(given["adapters"]), "active": given["active"]}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"quantization_config has adapters[{name!r}] = {given!r}: {error!r}") from None
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
@@ -99,16 +132,18 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     def __init__(self, method: Method, settings: Any) -> None:
         self.method, self.settings = method, settings
 
-    def convert(self, input_dict: Mapping[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: Mapping[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
+            owner = name.rpartition(".")[0]
+            if model is not None and is_stored_transposed(model.get_submodule(owner)):
+                weight = weight.t().contiguous()
             made = self.method.quantize_stored(weight, self.settings)
             out |= {name.removesuffix("weight") + leaf: tensor for leaf, tensor in made.items()}
         return out
 
 
-@register_quantizer("octavo")
 class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces the Linear layers of a model under construction by quantized ones, and fills them.
 
@@ -121,13 +156,19 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     quantization_config: OctavoConfig
     requires_calibration = False  # true of some methods: see below, where more can be said
+    has_adapters = False
+    refusal = ""  # why the model cannot be saved
 
     @property
     def _method(self) -> Method:
         return methods()[self.quantization_config.method]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self._method.in_stream and not self.pre_quantized:
+        if self.pre_quantized:
+            return
+        if is_unquantized(self.quantization_config.method):
+            raise ValueError(f"method {self.quantization_config.method!r} quantizes nothing: leave quantization_config")
+        if not self._method.in_stream:
             name = self._method.name
             raise ValueError(
                 f"{name} needs calibration data and cannot quantize a model while it is loaded: load it without "
@@ -138,27 +179,38 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        headers = _headers_of(config, checkpoint_files or ()) if self.pre_quantized else {}
-        # Of a checkpoint the tensors say which layers are quantized; `skip` may have meant fewer when it was written.
-        patterns = () if headers else config.skip
-        layers = _layers_to_quantize(model, patterns, self._method.widest)
-        leaves = tuple(dict.fromkeys((self._method.layer.key, "weight")))
-        replaced = 0
-        for name, linear in layers.items():
-            left = bool(headers) and any(matches((name,), pattern) for pattern in config.skip)
-            stored = _stored_name(name, model.base_model_prefix, leaves, headers, left) if headers else None
-            if left and (stored is None or _recognized(stored, self._method, headers) is None):
-                continue
-            new = _new_layer(linear, stored, config, headers)
-            replaced += 1
-            if new is not None:
-                model.set_submodule(name, new.train(linear.training))
-        if not replaced:
-            raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize (skip is {config.skip})")
+        _count_parameters_of(type(model))
+        # A configuration has headers where the tensors are in memory: see _bitsandbytes_models.
+        headers = getattr(config, "headers", None)
+        stored = Stored(model, read_headers(checkpoint_files or ()) if headers is None else headers)
+        if self.pre_quantized:
+            self.has_adapters = bool(config.adapters)
+            _wrap(model, config.adapters)
+            stored = Stored(model, stored.headers)
+            for name, linear in ((names[0], module) for module, names in linears_of(model)[0].items()):
+                if (new := _stored_layer(name, linear, stored, config)) is not None:
+                    model.set_submodule(name, new.train(linear.training))
+            if not (_quantized_layers(model) or config.adapters):
+                raise ValueError(f"the checkpoint of {type(model).__name__} has no quantized layer of {config.method}")
+            if stored.markers:
+                ignored = model._keys_to_ignore_on_load_unexpected or ()
+                model._keys_to_ignore_on_load_unexpected = {*ignored, *stored.markers}
+            return
+        targets, _ = find_targets(model, config.skip, self._method.widest)
+        for target in targets:
+            weight: Any = target.module.weight
+            shape = tuple(weight.shape)
+            if all(stored.has_weight(name, shape) for name in target.names[:1]):
+                linear = target.linear
+                sizes = _sizes(linear)
+                new = self._method.layer.from_configuration(sizes | config.layout(), linear.weight.dtype)
+                for name in target.names:
+                    model.set_submodule(name, _like(linear, new).train(linear.training))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # Of a checkpoint of octavo's it is not asked whether to quantize, but whether shapes may differ.
         owner, _, leaf = param_name.rpartition(".")
-        return not self.pre_quantized and leaf == "weight" and isinstance(model.get_submodule(owner), LowBitLinear)
+        return leaf == "weight" and isinstance(model.get_submodule(owner), LowBitLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self._method, self._method.Settings(**self.quantization_config.layout()))
@@ -171,7 +223,35 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if errors:
                 where = "" if self.pre_quantized else ": the checkpoint's weight holds NaN or Inf"
                 raise ValueError(f"{name}: {errors[0]}{where}")
+        if self.has_adapters:
+            trained = {id(p) for m in model.modules() if isinstance(m, LoRALinear) for p in m.adapter_parameters()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes. Codes have a shape that is not the float weight's: who cannot read them is
+        told of it, instead of taking them for weights."""
+        if self.refusal:
+            raise ValueError(self.refusal)
+        model = unwrapped(model)
+        keep_whole(model, [name for name, _ in _quantized_layers(model)])
+        state = dict(model.state_dict())
+        seen: set[tuple[torch.device, int]] = set()
+        for name, layer in _quantized_layers(model):
+            for leaf in layer.tensors:
+                key = f"{name}.{leaf}"
+                if (tensor := state.get(key)) is None or not tensor.numel() or tensor.is_meta:
+                    continue
+                if leaf == "weight" and layer.flat_in_files:
+                    state[key] = tensor = tensor.flatten()
+                place = (tensor.device, tensor.data_ptr())
+                if place in seen and hasattr(tensor, "untyped_storage"):  # layers share a permutation, files do not
+                    state[key] = tensor.clone()
+                seen.add(place)
+            if layer.key != "weight":
+                state[f"{name}.weight"] = torch.zeros(1, dtype=torch.bool)
+        return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if isinstance(dtype, str):  # a configuration that was saved once holds these
@@ -189,19 +269,30 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Whether it is ready to train: whether there are adapters of octavo's."""
+        return self.has_adapters
+
+    @property
     def is_compileable(self) -> bool:
         return True
 
 
+AUTO_QUANTIZATION_CONFIG_MAPPING["octavo"] = OctavoConfig
+AUTO_QUANTIZER_MAPPING["octavo"] = OctavoQuantizer
+
+
+# ---- what is written into the configuration --------------------------------------------------------------------------
+
+
 def mark_quantized(model: Any, config: OctavoConfig) -> None:
-    """Let a transformers model that `octavo.quantize_model` changed be saved by its own ``save_pretrained``.
+    """Give a transformers model that octavo changed a configuration of your own making, instead of that of `mark_all`.
 
     Args:
         model: a ``PreTrainedModel`` holding quantized layers.
-        config: with the `skip` that makes the same layers quantized on loading, and the settings that its layers have:
-            for `NF4Linear` ``OctavoConfig("nf4", quant_type=..., blocksize=...)``, for `SpQRLinear`
-            ``OctavoConfig("spqr", **layer.options._asdict())``. With these two, there may be `Int8Linear` and
-            unquantized layers beside.
+        config: with the settings that its layers have: for `NF4Linear` ``OctavoConfig("nf4", quant_type=...,
+            blocksize=...)``, for `SpQRLinear` ``OctavoConfig("spqr", **layer.options._asdict())``. With these two,
+            there may be `Int8Linear` and unquantized layers beside.
 
     Raises:
         ValueError: a layer whose options are not those of the configuration.
@@ -226,136 +317,146 @@ def mark_quantized(model: Any, config: OctavoConfig) -> None:
         if not is_there or fixed != {key: getattr(config, key) for key in fixed}:
             options = "".join(f", {key}={value!r}" for key, value in fixed.items())
             raise ValueError(f"{name} needs OctavoConfig(method={layer.stored_as!r}{options}), got {config.to_dict()}")
-    _unshare(model)
-    quantizer = OctavoQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
+    _mark(model, config)
+
+
+def mark_all(model: nn.Module) -> None:
+    """Record in each transformers model in `model`, itself included, what octavo made of its layers.
+
+    Example:
+        >>> import octavo, transformers
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes))
+        >>> report = octavo.quantize_model(model, "nf4", progress=False)  # which calls mark_all
+        >>> model.config.quantization_config.method
+        'nf4'
+    """
+    from transformers import PreTrainedModel
+
+    inner: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and id(module) not in inner:
+            inner |= {id(m) for m in module.modules()}
+            _mark_one(module)
+
+
+def _mark_one(model: Any) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, OctavoQuantizer):
+        return  # another library's
+    layers = _quantized_layers(model)
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    prepared = [name for name, m in model.named_modules() if isinstance(m, Int8Weight) and m.prepared]
+    if not (layers or adapted or prepared):
+        if quantizer is not None:
+            quantizer.remove_quantization_config(model)
+        return
+    layouts = {}
+    for name, layer in layers:
+        known = methods()[layer.stored_as].layout_defaults()
+        kept = {key: value for key, value in layer.configuration().items() if key in known}
+        layouts[name] = (layer.stored_as, tuple(kept.items()))
+    skip = SKIP if quantizer is None else quantizer.quantization_config.skip
+    common = Counter(layouts.values()).most_common(1)
+    method, settings = common[0][0] if common else ("none", ())
+    config = OctavoConfig(
+        method,
+        skip=skip,
+        layers={name: {"method": m, **dict(s)} for name, (m, s) in layouts.items() if (m, s) != (method, settings)},
+        adapters={
+            name: {"adapters": {n: c._asdict() for n, c in layer.adapters.items()}, "active": layer.active_adapter}
+            for name, layer in adapted.items()
+        },
+        **dict(settings),
+    )
+    _mark(model, config)
+    model.hf_quantizer.has_adapters = bool(adapted)
+    if prepared:
+        model.hf_quantizer.refusal = (
+            f"{prepared[0]} was prepared for evaluation by prepare_for_eval, which save_pretrained cannot write so "
+            "that it is read again: save the model before, or its state_dict"
+        )
+
+
+def _mark(model: Any, config: OctavoConfig) -> None:
+    _count_parameters_of(type(model))
+    model.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
 
 
-def _unshare(model: nn.Module) -> None:
-    """Give layers that hold one tensor together (a permutation, say) one each: transformers does not save it else."""
-    seen: set[tuple[torch.device, int]] = set()
-    for _, layer in _quantized_layers(model):
-        frozen = {name: p for name, p in layer._parameters.items() if p is not None and not p.is_floating_point()}
-        for name, tensor in (*layer._buffers.items(), *frozen.items()):
-            if tensor is not None and tensor.numel() and not tensor.is_meta:
-                place = (tensor.device, tensor.untyped_storage().data_ptr())
-                if place in seen:
-                    setattr(layer, name, nn.Parameter(tensor.clone(), False) if name in frozen else tensor.clone())
-                seen.add(place)
+def _count_parameters_of(cls: Any) -> None:
+    """Let ``num_parameters`` of transformers' models count the weights of low-bit layers, not their bytes."""
+    base = next(b for b in cls.__mro__ if "num_parameters" in vars(b))
+    count = base.num_parameters
+    if getattr(count, "_of_octavo", False):
+        return
+
+    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        found: int = count(self, only_trainable, exclude_embeddings)
+        if not only_trainable:
+            for _, layer in _quantized_layers(self):
+                stored = (layer._parameters.get(name) for name in layer.tensors)
+                found += layer.in_features * layer.out_features - sum(p.numel() for p in stored if p is not None)
+        return found
+
+    num_parameters.__doc__ = count.__doc__
+    num_parameters._of_octavo = True  # type: ignore[attr-defined]
+    base.num_parameters = num_parameters
 
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LowBitLinear)]
 
 
-def _layers_to_quantize(model: Any, skip: Iterable[str], widest: int | None) -> dict[str, nn.Linear]:
-    """The same choice as `octavo.quantize_model`'s, on a model whose weights are not tied yet."""
-    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    left_alone = {key.removesuffix(".weight") for key in (*tied.keys(), *tied.values())}
-    left_alone |= {*(model._keep_in_fp32_modules or ())}
-    patterns = tuple(skip)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-        and name not in left_alone
-        and name.rpartition(".")[2] not in left_alone
-        and not any(matches((name,), pattern) for pattern in patterns)
-        and (widest is None or module.in_features <= widest)
-    }
+# ---- the layers of a model under construction ------------------------------------------------------------------------
 
 
-# ---- what a saved checkpoint holds, before any of it is loaded ------------------------------------------------------
+def _sizes(linear: Any) -> dict[str, Any]:
+    if is_conv1d(linear):
+        return {"in_features": linear.nx, "out_features": linear.nf, "bias": True}
+    return {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
 
 
-def _headers_of(config: OctavoConfig, files: Sequence[str]) -> _Headers:
-    # A configuration has headers where the tensors are in memory: see _bitsandbytes_models.
-    headers: _Headers | None = getattr(config, "headers", None)
-    return _read_headers(files) if headers is None else headers
+def _like(linear: Any, new: LowBitLinear) -> LowBitLinear:
+    """A new layer, to compute in the dtype of the one whose place it takes."""
+    new.compute_dtype = linear.weight.dtype
+    new._octavo_transposed = is_conv1d(linear) or is_stored_transposed(linear)
+    return new
 
 
-def _read_headers(files: Sequence[str]) -> _Headers:
-    headers = {}
-    for path in files:
+def _wrap(model: nn.Module, adapters: Mapping[str, Any]) -> None:
+    """Give layers the adapters that a configuration names, without values."""
+    for name, given in adapters.items():
         try:
-            with safe_open(path, framework="pt") as file:
-                for name in list(file.keys()):
-                    entry = file.get_slice(name)
-                    headers[name] = (entry.get_dtype(), entry.get_shape())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    return headers
+            base: Any = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"quantization_config has adapters of {name}, which {type(model).__name__} lacks"
+            ) from None
+        base = from_conv1d(base) if is_conv1d(base) else base
+        model.set_submodule(name, LoRALinear.on_meta(base, given["adapters"], given["active"]))
 
 
-def _stored_name(
-    name: str, prefix: str, leaves: Sequence[str], headers: _Headers, may_lack: bool = False
-) -> str | None:
-    """A layer's name in the checkpoint: a base model's may be read into a model with a head, or the other way round."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if any(f"{candidate}.{leaf}" in headers for leaf in leaves):
-            return candidate
-    if may_lack:
-        return None
-    raise ValueError(f"the checkpoint has no {' or '.join(f'{name}.{leaf}' for leaf in leaves)}")
-
-
-def _new_layer(linear: nn.Linear, stored: str | None, config: OctavoConfig, headers: _Headers) -> nn.Module | None:
+def _stored_layer(name: str, linear: Any, stored: Stored, config: OctavoConfig) -> LowBitLinear | None:
     """The module that takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it
     stays."""
-    method = methods()[config.method]
-    if stored is None and not method.in_stream:
-        raise ValueError(f"a checkpoint of {method.name} is loaded from safetensors files; there are none")
-    name = method.name if stored is None else _stored_method(stored, method, config, headers)
-    if name is None:
+    override = config.layers.get(name, {})
+    method = override.get("method") or stored.method_of(name, config)
+    if method is None:
         return None
-    cls, dtype = layer_class(name), linear.weight.dtype
-    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
-    described = sizes | config.layout(name)
-    if stored is None:
-        return _computing_in(dtype, cls.from_configuration(described, dtype))
-    state = _stored_state(stored, (*cls.tensors, "bias"), headers)
+    cls, dtype = layer_class(method), linear.weight.dtype
+    described = _sizes(linear) | config.layout(method) | {k: v for k, v in override.items() if k != "method"}
+    state = cls.unflattened(stored.state(name, (*cls.tensors, "bias")), described)
     described |= cls.read_from(state)
     if missing := sorted(cls.tensor_names(described) - state.keys()):
-        raise ValueError(f"{stored}: the checkpoint has no {stored}.{missing[0]}")
+        raise ValueError(f"{name}: the checkpoint has no {name}.{missing[0]}")
     new = cls.from_configuration(described, dtype)
     if errors := cls.tensor_errors(state, described):
-        raise ValueError(f"{stored}: {errors[0]}")
+        raise ValueError(f"{name}: {errors[0]}")
     new.fit_to(state)
-    return _computing_in(dtype, new)
-
-
-def _computing_in(dtype: torch.dtype, layer: LowBitLinear) -> LowBitLinear:
-    layer.compute_dtype = dtype
-    return layer
-
-
-def _stored_method(stored: str, method: Method, config: OctavoConfig, headers: _Headers) -> str | None:
-    """How the checkpoint has this layer: None for unquantized. Where octavo wrote one of a method that allows no others
-    beside it, all layers are of the method."""
-    if not method.beside and not hasattr(config, "headers"):
-        return method.name
-    return _recognized(stored, method, headers)
-
-
-def _recognized(stored: str, method: Method, headers: _Headers) -> str | None:
-    """The method whose layer the checkpoint's tensors are: the checkpoint's own, or one beside it; None for neither."""
-    names = (method.name, *method.beside)
-    leaves = {leaf for name in names for leaf in layer_class(name).tensors}
-    dtypes = {leaf: tensor.dtype for leaf, tensor in _stored_state(stored, leaves, headers).items()}
-    return next((name for name in names if layer_class(name).recognizes(dtypes)), None)
-
-
-def _stored_state(stored: str, names: Iterable[str], headers: _Headers) -> dict[str, Tensor]:
-    """The tensors of a layer as the checkpoint has them, without their values."""
-    state = {}
-    for name in names:
-        dtype, shape = headers.get(f"{stored}.{name}", ("", []))
-        if dtype:
-            state[name] = torch.empty(shape, dtype=SAFETENSORS_DTYPES.get(dtype, torch.float64), device="meta")
-    return state
+    return _like(linear, new)
 
 
 def _offload_codes(layer: Any, name: str, quantize: ConversionOps) -> None:

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.bridges import layers_changed
 from ..core.checks import device_of
+from ..core.linears import from_conv1d, is_conv1d
 from ..core.low_bit import LowBitLinear
 from ..core.stored import new_directory
-from ..core.targets import SKIP, choose, hints, put
+from ..core.targets import SKIP, as_patterns, choose, hints, put
 from . import peft_format
 from .layers import Names, adapted_layers, linear_layers, unwrapped
 from .linear import LoRAConfig, LoRALinear, check_adapter_name, check_dtype, new_adapter
+from .watching import watch_gradients
 
 # ---- the layers of a model -------------------------------------------------------------------------------------------
 
@@ -36,7 +39,7 @@ def _is_sharded(module: nn.Module) -> bool:
 def _wrap(model: nn.Module, layer: nn.Module, names: Sequence[str]) -> LoRALinear:
     if isinstance(layer, LoRALinear):
         return layer
-    new = LoRALinear._without_adapter(layer)
+    new = LoRALinear._without_adapter(from_conv1d(layer) if is_conv1d(layer) else layer)
     put(model, names, new)
     return new
 
@@ -89,7 +92,7 @@ def add_lora(
             linear layers, by rank 64, alpha 16 and dropout 0.1 (0.05 from 33B parameters on).
         include: patterns (as of `fnmatch`, or plain names) of full names, last components of names, or modules that
             contain the layers; None for all.
-        exclude: patterns of layers to leave alone.
+        exclude: patterns of layers to leave alone; by default the output layer.
         name: of the adapter.
 
     Returns:
@@ -115,6 +118,10 @@ def add_lora(
     config.check()
     layers = linear_layers(model)
     chosen = _choose(model, layers, include, exclude)
+    if include is None and as_patterns("exclude", exclude) == SKIP:
+        find = getattr(model, "get_output_embeddings", None)  # of transformers; some call it otherwise than lm_head
+        head = find() if callable(find) else None
+        chosen = [layer for layer in chosen if head is None or head not in (layer, getattr(layer, "base_layer", None))]
     for layer in chosen:
         if isinstance(layer, LoRALinear):
             layer.check_new(name, config)
@@ -122,11 +129,14 @@ def add_lora(
         raise ValueError(f"the model has an adapter {name!r} already; give another name, or delete_adapter it")
     _refuse_merged(layers, "add_lora")
     bases = {layer: layer.base_layer if isinstance(layer, LoRALinear) else layer for layer in chosen}
+    bases = {layer: from_conv1d(base) if is_conv1d(base) else base for layer, base in bases.items()}
     made = {layer: new_adapter(base, rank, dtype) for layer, base in bases.items()}  # memory, before any change
     for layer, tensors in made.items():
         _wrap(model, layer, layers[layer])._insert(name, config, *tensors)
     _freeze_all_but(model, name)
     _activate(model, name)
+    watch_gradients(model, name)
+    layers_changed(model)
     return [layers[layer][0] for layer in chosen]
 
 
@@ -164,6 +174,7 @@ def remove_lora(model: nn.Module) -> list[str]:
     for layer, names in layers.items():
         for name in names:
             model.set_submodule(name, layer.base_layer)
+    layers_changed(model)
     return [names[0] for names in layers.values()]
 
 
@@ -191,6 +202,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         if not layer.adapters:
             for n in names:
                 model.set_submodule(n, layer.base_layer)
+    layers_changed(model)
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
@@ -352,6 +364,7 @@ def load_adapter(
     if trainable:
         _freeze_all_but(model, name)
     _activate(model, name)
+    layers_changed(model)
     return name
 
 

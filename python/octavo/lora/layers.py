@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..core.linears import is_conv1d
+from ..core.linears import is_linear as plain_linear
 from ..core.low_bit import LowBitLinear
 from ..core.targets import read_by_torch
+from ..core.targets import unwrapped as unwrapped
 from .linear import LoRALinear
 
 Names = dict[nn.Module, list[str]]  # every layer, with all names that it has in the model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile's module and DistributedDataParallel: its names are those in files."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def linear_layers(model: nn.Module) -> Names:
@@ -28,7 +20,7 @@ def linear_layers(model: nn.Module) -> Names:
     inner = {id(module) for layer in model.modules() if isinstance(layer, LoRALinear) for module in layer.modules()}
     found: Names = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        is_bare = type(module) is nn.Linear or isinstance(module, LowBitLinear)
+        is_bare = isinstance(module, LowBitLinear) or plain_linear(module) or is_conv1d(module)
         if isinstance(module, LoRALinear) or (is_bare and id(module) not in inner | fused):
             found.setdefault(module, []).append(name)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.checks import FLOATS, device_of, is_number
+from ..core.linears import is_stored_transposed, store_transposed
 from ..core.low_bit import LowBitLinear
 from ..core.method import method_of
+from ..core.weight_view import SumView, WeightView
 
 
 class LoRAConfig(NamedTuple):
@@ -166,6 +168,27 @@ class LoRALinear(nn.Module):
         base.requires_grad_(False)
         return out
 
+    @classmethod
+    def on_meta(cls, base: nn.Module, adapters: Mapping[str, Mapping[str, Any]], active: str | None) -> LoRALinear:
+        """A layer with adapters of these settings, all on the meta device: their values are in a state dict.
+
+        Raises:
+            ValueError: settings or a name that cannot be, an active adapter that is not there.
+            TypeError: a base that is no linear layer.
+        """
+        out = cls._without_adapter(base)
+        for name, settings in adapters.items():
+            config = LoRAConfig(**settings)
+            out.check_new(name, config)
+            a = torch.empty(config.rank, out.in_features, device="meta")
+            out._insert(name, config, a, torch.empty(out.out_features, config.rank, device="meta"))
+        out.set_adapter(active)
+        return out
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """A and B of all adapters."""
+        return [*self.lora_A.values(), *self.lora_B.values()]
+
     def _set_base(self, base: nn.Module) -> None:
         if not is_linear(base):
             hint = ": give it another by add_adapter" if isinstance(base, LoRALinear) else ""
@@ -189,8 +212,23 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's."""
-        return self.base_layer.weight  # type: ignore[no-any-return]
+        """What the layer multiplies by, for code that reads it past the forward (mamba's): with an active adapter the
+        sum, see `octavo.core.weight_view.SumView`."""
+        if self._merged is not None:
+            return self._merged[0].weight  # type: ignore[return-value]
+        base: Tensor = self.base_layer.weight
+        if self.active_adapter is None:
+            return base
+        return self.summed_weight() if torch.compiler.is_compiling() else SumView(self, base)
+
+    def summed_weight(self) -> Tensor:
+        """``W + s * B @ A`` of the active adapter in the dtype of W, differentiable in A and B."""
+        base: Tensor = self.base_layer.weight
+        base = base.dequantized() if isinstance(base, WeightView) else base
+        if (name := self.active_adapter) is None:
+            return base
+        a, b = self.lora_A[name], self.lora_B[name]
+        return torch.addmm(base, b.to(base.dtype), a.to(base.dtype), alpha=self._configs[name].scaling)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -373,6 +411,8 @@ class LoRALinear(nn.Module):
         norms = (float(torch.linalg.vector_norm(t)) for t in (whole, delta))
         errors = (0.0 if lost == 0.0 else lost / norm if norm else math.inf for norm in norms)
         merged.requires_grad_(False).train(self.training)
+        if is_stored_transposed(base):
+            store_transposed(merged) if type(merged) is nn.Linear else setattr(merged, "_octavo_transposed", True)
         return merged, MergedLayer("", name, method_of(merged), *errors)
 
     def put_merged(self, layer: nn.Module) -> None:
@@ -402,15 +442,25 @@ def merged_linear(base: Any, delta: Tensor, dtype: torch.dtype, adapter: str) ->
     Raises:
         ValueError: the sum has NaN or Inf, in fp32 or in `dtype`. `adapter` is named.
     """
+    whole = exact_weight(base, adapter) + delta
+    linear = rounded_linear(whole, base.bias, dtype, adapter)
+    return linear, whole, linear.weight.detach().float()
+
+
+def exact_weight(base: Any, adapter: str) -> Tensor:
+    """A base's weight in fp32. ValueError where it is not there; `adapter` is named."""
     if any(t.is_meta for t in (*base.parameters(), *base.buffers())):
         raise ValueError(f"adapter {adapter}: the base is offloaded, or on the meta device, and cannot be merged")
     linear = base.dequantize(torch.float32) if method_of(base) else base
-    whole = linear.weight.detach().float() + delta
+    return linear.weight.detach().float()  # type: ignore[no-any-return]
+
+
+def rounded_linear(whole: Tensor, bias: Tensor | None, dtype: torch.dtype, adapter: str) -> nn.Linear:
+    """A frozen `torch.nn.Linear` in `dtype`. ValueError if that has NaN or Inf; `adapter` is named."""
     rounded = whole.to(dtype)
     if bad := whole.numel() - int(torch.isfinite(rounded).sum()):
         raise ValueError(f"adapter {adapter}: {bad} of {whole.numel()} merged weights are NaN or Inf in {dtype}")
-    bias = None if base.bias is None else base.bias.detach().to(dtype)
-    return _linear(rounded, bias), whole, rounded.float()
+    return _linear(rounded, None if bias is None else bias.detach().to(dtype))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

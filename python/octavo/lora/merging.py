@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ..core.bridges import layers_changed
 from .adapters import list_adapters
 from .layers import adapted_layers, linear_layers, unwrapped
 from .linear import LoRALinear, MergedLayer
@@ -99,6 +100,7 @@ def merge_adapter(
         for name, layer in list(model.named_modules(remove_duplicate=False)):  # the active adapter is not in all
             if isinstance(layer, LoRALinear):
                 model.set_submodule(name, layer.base_layer)
+        layers_changed(model)
     return MergeReport(reports[0].adapter, reports)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from ..core.bridges import layers_changed
 from ..core.checks import module_bytes
 from ..core.method import find_method, is_unquantized, method_names
 from ..core.report import Report
-from ..core.targets import SKIP, find_targets
+from ..core.targets import SKIP, find_targets, put, unwrapped
 
 
 def quantize_model(
@@ -32,11 +33,12 @@ def quantize_model(
     errors with it. An error or interruption then leaves the blocks before it quantized: load the model anew, and with
     `resume` go on.
 
-    Only modules whose type is exactly `torch.nn.Linear` are replaced: what a subclass adds would be lost. A module
-    that appears under several names is converted once and stays shared. Left alone, and named in the report: layers in
-    `skip`, layers whose weight is also used elsewhere (a head tied to its embedding), layers with hooks, for int8
-    layers wider than 131071. Weights and settings are checked before anything is changed; then the layers are converted
-    one by one, each freed before the next.
+    Replaced are `torch.nn.Linear` modules, those of subclasses that compute the same (falcon's, timm's), and
+    transformers' Conv1D (GPT-2). A module that appears under several names is converted once and stays shared. Left
+    alone, and named in the report: layers in `skip`, layers whose weight is also used elsewhere (a head tied to its
+    embedding), layers with hooks, for int8 layers wider than 131071, what transformers keeps in fp32, the head that a
+    transformers model has for a task (unless `skip` is given), weights of other modules. Weights and settings are
+    checked before anything is changed; then the layers are converted one by one, each freed before the next.
 
     Args:
         model: weights fp32, fp16 or bf16, on any device.
@@ -73,6 +75,7 @@ def quantize_model(
         quantized layers: 66.56 kB -> 10.24 kB (15.4%), bits by formula 4.500, bits stored 4.500
         whole model: 74.78 kB -> 18.46 kB (24.7%)
     """
+    model = unwrapped(model)
     if is_unquantized(method):
         raise ValueError(f"method {method!r} leaves the model as it is; the others: {', '.join(method_names())}")
     found, given = find_method(method, settings)
@@ -80,6 +83,15 @@ def quantize_model(
     found.check_calibration(chosen, calibration)
     targets, skipped = find_targets(model, skip, found.widest)
     bytes_before = module_bytes(model)
-    layers, left = found.quantize(model, targets, chosen, calibration, progress)
+    stand_ins = [target for target in targets if target.linear is not target.module]
+    for target in stand_ins:
+        put(model, target.names, target.linear)
+    try:
+        layers, left = found.quantize(model, targets, chosen, calibration, progress)
+    finally:
+        for target in stand_ins:
+            if model.get_submodule(target.names[0]) is target.linear:
+                put(model, target.names, target.module)
+    layers_changed(model)
     described = (found.name, chosen.to_dict(), chosen.describe())
     return Report(*described, layers, skipped | left, bytes_before, module_bytes(model))

@@ -5,7 +5,7 @@
 ``octavo.json``
     ``format_version``, ``octavo_version``; ``method``: "int8", "nf4", "spqr" or, for a model with several, "mixed";
     ``modules``: for every quantized module by its name ``method`` (where it is absent, the one above),
-    ``in_features``, ``out_features``, ``bias``, ``compute_dtype`` (may be absent), and for int8
+    ``in_features``, ``out_features``, ``bias``, ``compute_dtype`` (where it is not the bias's), and for int8
     ``threshold`` and ``kept_columns``, for nf4
     ``quant_type``, ``blocksize``, ``double_quant`` and ``weight_dtype``, for spqr ``bits``, ``group_size``,
     ``stats_group_size``, ``scale_bits``, ``zero_bits``, ``bilevel`` and ``perm`` (whether there are such tensors),
@@ -34,11 +34,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..core.bridges import layers_changed
 from ..core.checks import FLOATS, name_of_dtype
 from ..core.files import read_json, sha256_of
+from ..core.linears import is_conv1d, is_stored_transposed
 from ..core.low_bit import LowBitLinear
 from ..core.method import layer_class, stored_methods
 from ..core.stored import MANIFEST, new_directory, put_back, tie
+from ..core.targets import unwrapped
 from ..lora.linear import LoRALinear
 from ..switchback.linear import Int8Weight
 
@@ -85,6 +88,7 @@ def save_quantized(
         >>> sorted(path.name for path in Path("saved").iterdir())
         ['octavo.json', 'octavo.safetensors']
     """
+    model = unwrapped(model)
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowBitLinear)}
     if not layers:
         names = " or ".join(layer.__name__ for layer in stored_methods().values())
@@ -103,10 +107,10 @@ def save_quantized(
             "Save the model's state_dict"
         )
     tensors, tied = _tensors_to_write(model)
-    modules = {
-        name: {"method": layer.stored_as, "compute_dtype": name_of_dtype(layer.compute_dtype)} | layer.configuration()
-        for name, layer in layers.items()
-    }
+    modules = {name: {"method": layer.stored_as} | layer.configuration() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if layer.compute_dtype is not layer.default_dtype():
+            modules[name]["compute_dtype"] = name_of_dtype(layer.compute_dtype)
     for name, layer in layers.items():
         if errors := layer.errors(layer.state_dict(), modules[name]):
             raise ValueError(f"{name}: {errors[0]}")
@@ -287,6 +291,7 @@ def load_quantized(
         model = _build_transformers_model(manifest["model"]["class"], path, manifest.get("configs", {}))
     elif not isinstance(model, nn.Module):
         model = model()
+    given, model = model, unwrapped(model)
     _check_fit(path, model, manifest, tensors)
 
     layers: dict[nn.Module, nn.Module] = {}  # a shared module stays shared
@@ -295,13 +300,16 @@ def load_quantized(
         if current not in layers:
             dtype = tensors[f"{name}.bias"].dtype if config["bias"] else None
             made = layer_class(config["method"]).from_configuration(config, dtype)
-            if "compute_dtype" in config:
-                made.compute_dtype = getattr(torch, config["compute_dtype"])
+            own = config.get("compute_dtype")
+            made.compute_dtype = getattr(torch, own) if own else made.default_dtype()
+            made._octavo_transposed = is_conv1d(current) or is_stored_transposed(current)
             layers[current] = made.train(current.training)
         model.set_submodule(name, layers[current])
     model.load_state_dict(tensors, assign=True)
     tie(model, manifest["tied"])
-    return model.to(device)
+    layers_changed(model)
+    model.to(device)
+    return given
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -397,9 +405,10 @@ def _check_fit(path: Path, model: nn.Module, manifest: dict[str, Any], tensors: 
         except AttributeError:
             raise ValueError(f"{path} holds a layer {name}, which {type(model).__name__} does not have") from None
         saved = (config["in_features"], config["out_features"], config["bias"])
-        if not isinstance(layer, (nn.Linear, LowBitLinear)):
+        if not isinstance(layer, (nn.Linear, LowBitLinear)) and not is_conv1d(layer):
             raise ValueError(f"{path}: {name} is a {type(layer).__name__} in {type(model).__name__}, not a Linear")
-        if (found := (layer.in_features, layer.out_features, layer.bias is not None)) != saved:
+        sizes = (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+        if (found := (*sizes, layer.bias is not None)) != saved:
             raise ValueError(f"{path}: {name} has (in_features, out_features, bias) = {saved}, the model's has {found}")
         for key in layer.state_dict():
             mine.pop(f"{name}.{key}", None)

@@ -62,6 +62,10 @@ class Source:
         return sum(file.stat().st_size for file in files)
 
 
+# What transformers reads of a model: weights, configurations, tokenizers of all kinds, chat templates.
+HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.vocab")
+
+
 def find_source(path: str | os.PathLike[str]) -> Source:
     """Find out from its files alone what kind of model is at `path`; no weight is loaded.
 
@@ -160,9 +164,10 @@ def resolve(name: str) -> Source:
     import huggingface_hub
 
     try:
-        return find_source(
-            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
-        )
+        path = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        if not any(path.glob("*.safetensors")):  # older models have their weights in pickles, newer ones in both
+            path = Path(huggingface_hub.snapshot_download(name, allow_patterns=[*HUB_FILES, "*.bin"]))
+        return find_source(path)
     except ModelError:
         raise
     except Exception as error:  # several packages raise errors here: no network, no such name, no permission

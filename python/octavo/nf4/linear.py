@@ -154,6 +154,10 @@ class NF4Linear(LowBitLinear):
         tensors = (self.codes, self.absmax, self.nested_absmax, self.offset)
         return NF4Weight(*tensors, shape, self.weight_dtype, self.quant_type, self.blocksize)
 
+    def default_dtype(self) -> torch.dtype:
+        """`weight_dtype`."""
+        return self.weight_dtype
+
     def float_dtype(self) -> torch.dtype:
         """`weight_dtype`."""
         return self.weight_dtype

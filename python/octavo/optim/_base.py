@@ -126,6 +126,8 @@ class Optimizer8bit(torch.optim.Optimizer, ABC):
         return f"{type(self).__name__}: parameter {number}" + (f" ({names[position]!r})" if names else "")
 
     def _check_param(self, group: dict[str, Any], param: Tensor, where: str) -> None:
+        if not param.requires_grad and param.grad is None:
+            return  # frozen: codes of low-bit layers are parameters, too
         if param.dtype not in FLOATS:
             raise ValueError(f"{where} must be float32, float16 or bfloat16, got {_dtype(param)} {list(param.shape)}")
         if group["rounding"] == "stochastic" and param.dtype is torch.float16:

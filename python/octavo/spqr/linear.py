@@ -153,7 +153,7 @@ class SpQRLinear(LowBitLinear):
 
         tiles, groups = -(-out_features // 16), in_features // group_size
         second_shape = (-(-out_features // stats_group_size), groups, 4)
-        self._put("codes", zeros(tiles, -(-in_features // 32), bits, 16))
+        self.register_buffer("codes", zeros(tiles, -(-in_features // 32), bits, 16))
         self.register_buffer("statistics", zeros(tiles, groups, 2 * (scale_bits + zero_bits), dtype=torch.uint8))
         self.register_buffer("second_order", zeros(*second_shape, dtype=torch.float16))
         self.register_buffer("unit", torch.ones(1, dtype=torch.float32, device=device))

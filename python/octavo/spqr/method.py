@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.calibration import prepare
 from ..core.checks import module_bytes
+from ..core.linears import is_stored_transposed
 from ..core.method import Method, MethodSettings, Showcase, Trial, option, register
 from ..core.progress import progress_bar
 from ..core.report import LayerReport
@@ -120,13 +121,16 @@ class _Calibrated(Method):
         self, model: nn.Module, targets: list[Target], settings: Any, calibration: Any, progress: bool
     ) -> tuple[list[LayerReport], dict[str, str]]:
         config = settings.quantizer()
-        if unfit := [t for t in targets if t.linear.in_features % config.group_size]:
+        unfit = [target for target in targets if target.linear.in_features % config.group_size]
+        if len(unfit) == len(targets):
             first = ", ".join(f"{target.names[0]} ({target.linear.in_features})" for target in unfit[:4])
             more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
             raise ValueError(
-                f"group_size {config.group_size} does not divide the in_features of {first}{more}: give another, "
-                f"or skip them"
+                f"group_size {config.group_size} does not divide the in_features of {first}{more}: give another"
             )
+        undivided = f"group_size {config.group_size} does not divide its in_features"
+        left = {target.names[0]: f"{undivided} {target.linear.in_features}" for target in unfit}
+        targets = [target for target in targets if target not in unfit]
         batches = None
         if calibration is not None:
             samples = _SAMPLES if settings.samples is None else settings.samples
@@ -150,7 +154,7 @@ class _Calibrated(Method):
             skipped = quantize_layers(model, calls, config, batches, store, measured, finished)
         order = {target.names[0]: i for i, target in enumerate(targets)}
         layers.sort(key=lambda layer: order[layer.name])
-        return layers, skipped
+        return layers, left | skipped
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -188,6 +192,7 @@ def _replace(model: nn.Module, names: list[str], linear: nn.Linear, codes: SpQRC
         return LayerReport(names[0], (codes.n, codes.k), before, before, {**figures, "error": error})
     packed = SpQRWeight.pack(codes).to(linear.weight.device)
     new = SpQRLinear.from_weight(packed, linear.bias, linear.weight.dtype)
+    new._octavo_transposed = is_stored_transposed(linear)
     put(model, names, new)
     return report_of(names[0], new, before, error=error)
 

@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..core.bridges import layers_changed
 from ..core.checks import FLOATS, MAX_K, dtype_name
-from ..core.targets import SKIP, add_hint, choose
+from ..core.linears import from_conv1d, is_conv1d, is_linear
+from ..core.low_bit import LowBitLinear
+from ..core.targets import SKIP, add_hint, choose, put, unwrapped
 from .attention import SwitchBackMultiheadAttention
 from .functional import check_options
 from .linear import Int8Weight, SwitchBackLinear
@@ -88,6 +91,7 @@ def convert_linears(
         >>> type(model[0]).__name__
         'SwitchBackLinear'
     """
+    model = unwrapped(model)
     backwards = cls is nn.Linear
     if not backwards and cls is not SwitchBackLinear:
         raise ValueError(f"cls must be octavo.nn.SwitchBackLinear, or torch.nn.Linear to go back, got {cls!r}")
@@ -133,6 +137,9 @@ def convert_linears(
         what = "SwitchBackLinear" if backwards else "torch.nn.Linear or torch.nn.MultiheadAttention"
         raise ValueError(f"there is no {what} to convert in {type(model).__name__}{why}")
     for module in chosen:
+        if is_conv1d(module):
+            names = [name for name, m in model.named_modules(remove_duplicate=False) if m is module]
+            put(model, names, module := from_conv1d(module))
         _turn_back(module) if backwards else _turn(module, settings)
     _set_fast_path(model)
     return result
@@ -155,6 +162,7 @@ def prepare_for_eval(model: nn.Module) -> list[str]:
         >>> model[0].weight.dtype
         torch.int8
     """
+    model = unwrapped(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Weight)}
     if not layers:
         raise ValueError(f"there is no SwitchBackLinear in {type(model).__name__}: convert_linears makes them")
@@ -166,6 +174,7 @@ def prepare_for_eval(model: nn.Module) -> list[str]:
     for layer in layers.values():
         layer.prepare_for_eval()
     _set_fast_path(model)
+    layers_changed(model)
     return list(layers)
 
 
@@ -179,7 +188,8 @@ def _matching(
         if isinstance(module, nn.MultiheadAttention):
             inside.add(module.out_proj)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, nn.MultiheadAttention)) and module not in inside:
+        product = isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_conv1d(module)
+        if product and module not in inside and not isinstance(module, LowBitLinear):
             names.setdefault(module, []).append(name)
     of = (
         f"linear layer or attention of {type(model).__name__} (the projections of a torch.nn.MultiheadAttention go "
@@ -191,7 +201,7 @@ def _matching(
 
 def _unsuited(module: nn.Module) -> str | None:
     """Why a module stays what it is."""
-    if type(module) is nn.Linear:
+    if is_linear(module) or is_conv1d(module):
         return None
     if type(module) is not nn.MultiheadAttention:
         return f"its type is {type(module).__name__}: what a subclass adds would be lost"

@@ -61,7 +61,7 @@ def test_weight_is_quantized_from_its_own_dtype(dtype):
             linear.weight[4] *= 1e6  # above fp16's range
     module = Int8Linear.from_linear(linear)
     codes, scale = octavo.reference.quantize_rowwise(linear.weight.detach())
-    assert torch.equal(module.weight, codes)
+    assert torch.equal(module.codes, codes)
     assert torch.equal(module.weight_scale, scale)
     assert module.bias.dtype is dtype
 
@@ -196,7 +196,7 @@ def test_copies(keep):
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert_same_state(state_of(other), state_of(module))
         assert torch.equal(other(x), module(x))
-        assert other.weight.data_ptr() != module.weight.data_ptr()
+        assert other.codes.data_ptr() != module.codes.data_ptr()
 
 
 def test_meta_device():
@@ -204,7 +204,7 @@ def test_meta_device():
     assert all(t.is_meta for t in (module.weight, module.weight_scale, module.bias))
     assert module(torch.empty(3, 40, device="meta")).shape == (3, 12)
     empty = module.to_empty(device="cpu")
-    assert empty.weight.dtype is torch.int8
+    assert empty.codes.dtype is torch.int8
     assert not empty.weight.is_meta
     with torch.device("meta"):
         linear = nn.Linear(40, 12)
@@ -328,7 +328,7 @@ def test_bitsandbytes_round_trip():
     assert (state["1.weight_format"].dtype, state["1.weight_format"].item()) == (torch.uint8, 0)
     other = nn.Sequential(nn.Embedding(5, 40), Int8Linear(40, 12))
     other.load_state_dict(state)
-    assert torch.equal(other[1].weight, model[1].weight)
+    assert torch.equal(other[1].codes, model[1].codes)
     torch.testing.assert_close(other[1].weight_scale, model[1].weight_scale, rtol=2.0**-22, atol=0)
     assert set(to_bitsandbytes_state(model[1])) == {"weight", "bias", "SCB", "weight_format"}
     assert set(model.state_dict()) > {"1.weight_scale", "1.outlier_weight"}  # the model itself is as it was

@@ -168,24 +168,95 @@ def test_peft_switches_and_reloads(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changes the base's weights"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changes"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
-    ],
+    "options",
+    [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}],
     ids=str,
 )
-def test_what_peft_cannot_do_on_octavo_layers(options, message):
-    base = llama()
-    with pytest.raises(ValueError, match=message):
-        peft.get_peft_model(base, register(lora(**options), base))
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_what_pefts_lora_has(base, options):
+    """It trains, merges to what it computed, and unmerges to the bit."""
+    model = peft.get_peft_model(llama(base), lora(**options))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(2):
+        model(IDS, labels=IDS).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    y = logits(model.eval())
+    model.merge_adapter()
+    assert float((logits(model) - y).norm() / y.norm()) < (0.05 if base == "int8" else 1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
 
 
-def test_without_register_peft_says_what_it_lacks():
-    with pytest.raises(ValueError, match=r"Target module Int8Linear.* is not supported"):
-        peft.get_peft_model(llama(), lora(target_modules=["q_proj"]))
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialization_that_changes_the_base_quantizes_it_again(init):
+    base = llama("nf4")
+    y, before = logits(base), dense(base.get_submodule(Q))
+    model = peft.get_peft_model(base, lora(init_lora_weights=init))
+    layer = model.get_submodule(f"base_model.model.{Q}")
+    assert type(layer.base_layer).__name__ == "NF4Linear" and not torch.equal(dense(layer.base_layer), before)
+    summed = dense(layer.base_layer) + layer.get_delta_weight("default")
+    assert float((summed - before).norm() / before.norm()) < 0.15
+    assert float((logits(model) - y).norm() / y.norm()) < 0.3
+    with pytest.raises(ValueError, match="cannot be quantized again without calibration data"):
+        peft.get_peft_model(llama("spqr"), lora(init_lora_weights=init))
+
+
+OTHERS = {
+    "ia3": lambda: peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules="all-linear", total_step=10),
+    "vera": lambda: peft.VeraConfig(target_modules=["q_proj"]),
+    "oft": lambda: peft.OFTConfig(target_modules="all-linear", oft_block_size=16),
+    "boft": lambda: peft.BOFTConfig(target_modules="all-linear", boft_block_size=4),
+    "loha": lambda: peft.LoHaConfig(target_modules=["q_proj"]),
+    "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_adapters_train_and_their_merging_is_refused(kind, name):
+    model = peft.get_peft_model(llama(kind), OTHERS[name]())
+    y = logits(model.eval())
+    model.train()(IDS, labels=IDS).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"Linear\.weight is read from quantized codes, what is written to it would"):
+        model.merge_adapter()
+    assert torch.equal(logits(model), y)
+
+
+def test_peft_needs_nothing_to_be_registered(tmp_path):
+    model = peft.get_peft_model(llama(), lora(target_modules=["q_proj"], fan_in_fan_out=True))
+    assert type(model.get_submodule(f"base_model.model.{Q}")).__name__ == "OctavoLoraLinear"
+    everywhere = peft.get_peft_model(llama("nf4"), peft.LoraConfig(target_modules="all-linear"))
+    assert len(everywhere.targeted_module_names) == 14
+    everywhere.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(llama("nf4"), tmp_path)
+    assert torch.equal(logits(again), logits(everywhere))
+    inside = llama("nf4")
+    inside.load_adapter(str(tmp_path))
+    assert torch.equal(logits(inside), logits(everywhere))
+
+
+def test_preparation_for_training_switches_checkpointing_on():
+    for model in (llama("nf4"), llama("int8")):
+        assert peft.prepare_model_for_kbit_training(model).is_gradient_checkpointing
+        model.gradient_checkpointing_disable()
+        off = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        assert not off.is_gradient_checkpointing
+
+
+def test_another_version_of_peft_is_left_alone(monkeypatch):
+    from octavo.integrations.peft import connect
+
+    before = peft.tuners.lora.LoraModel._create_new_module
+    monkeypatch.setattr(peft, "__version__", "9.1.0")
+    with pytest.warns(UserWarning, match=r"tried with PEFT 0\.18 to 0\.21 and leaves 9\.1\.0 as it is"):
+        connect(peft)
+    assert peft.tuners.lora.LoraModel._create_new_module is before
 
 
 # ---- files, both ways ----------------------------------------------------------------------------------------------

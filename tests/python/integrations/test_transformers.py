@@ -40,7 +40,7 @@ def test_quantizes_while_loading(tmp_path, dtype):
     for name, layer in found.items():
         linear = original.get_submodule(name)
         codes, scale = reference.quantize_rowwise(linear.weight.detach())
-        assert torch.equal(layer.weight, codes)
+        assert torch.equal(layer.codes, codes)
         assert torch.equal(layer.weight_scale, scale)
         assert layer.threshold == 3.0
         assert (layer.bias is None) == (linear.bias is None)
@@ -239,7 +239,10 @@ NAME = "model.layers.0.mlp.gate_proj"
         (lambda t: t[f"{NAME}.weight_scale"].__setitem__(2, torch.nan), "weight_scale has 1 non-finite values of 96"),
         (lambda t: t.pop(f"{NAME}.weight_scale"), f"the checkpoint has no {NAME}.weight_scale"),
         (lambda t: t.pop(f"{NAME}.weight"), f"the checkpoint has no {NAME}.weight"),
-        (lambda t: t.update({f"{NAME}.weight": torch.zeros(96, 64)}), r"weight must be int8 \[96, 64\], got float"),
+        (
+            lambda t: t.update({f"{NAME}.weight": torch.zeros(96, 64)}),
+            "gate_proj.weight is float32, which codes of int8 are not",
+        ),
         (lambda t: t.update({f"{NAME}.weight_scale": torch.zeros(7)}), r"weight_scale must be float32 \[96\], got"),
     ],
 )
@@ -426,7 +429,7 @@ SPQR_NAME = "model.layers.0.self_attn.q_proj"
     ("change", "message"),
     [
         (lambda t: t.pop(f"{SPQR_NAME}.unit"), f"{SPQR_NAME}: the checkpoint has no {SPQR_NAME}.unit"),
-        (lambda t: t.pop(f"{SPQR_NAME}.codes"), f"the checkpoint has no {SPQR_NAME}.codes or {SPQR_NAME}.weight"),
+        (lambda t: t.pop(f"{SPQR_NAME}.codes"), f"the checkpoint has no {SPQR_NAME}.codes, but other"),
         (lambda t: t.pop(f"{SPQR_NAME}.bias"), f"the checkpoint has no {SPQR_NAME}.bias"),
         (lambda t: t.update({f"{SPQR_NAME}.second_order": NAN}), "q_proj: 16 of 16 scales and zero points are NaN"),
         (lambda t: t[f"{SPQR_NAME}.row_offsets"].__setitem__(3, -1), "q_proj: row_offsets decrease at row 2"),

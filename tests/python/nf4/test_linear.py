@@ -163,7 +163,7 @@ def test_copies(case: str):
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert_same_state(state_of(other), state_of(module))
         assert torch.equal(other(x), module(x))
-        assert other.weight.data_ptr() != module.weight.data_ptr()
+        assert other.codes.data_ptr() != module.codes.data_ptr()
         assert repr(other) == repr(module) and other.weight_dtype is torch.bfloat16
         assert not any(p.requires_grad for name, p in other.named_parameters() if name != "bias")
 
@@ -174,7 +174,7 @@ def test_meta_device(case: str):
     assert all(t.is_meta for t in module.state_dict().values())
     assert module(torch.empty(3, 48, device="meta")).shape == (3, 37)
     empty = copy.deepcopy(module).to_empty(device="cpu")
-    assert empty.weight.dtype is torch.uint8 and not empty.weight.is_meta
+    assert empty.codes.dtype is torch.uint8 and not empty.weight.is_meta
     source = make(**CASES[case])
     module.load_state_dict(source.state_dict(), assign=True)
     assert_same_state(state_of(module), state_of(source))

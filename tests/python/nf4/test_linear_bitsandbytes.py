@@ -145,4 +145,4 @@ def test_any_description_loads_or_is_refused_in_words(changes: dict[str, Any]):
         assert "Error(s) in loading state_dict for NF4Linear:\n\tNF4Linear: " in refusal
         assert_same_state(state_of(module), before)
     else:
-        assert torch.equal(module.weight, STATE["weight"].flatten())
+        assert torch.equal(module.codes, STATE["weight"].flatten())

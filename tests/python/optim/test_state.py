@@ -358,8 +358,16 @@ def test_bad_options(options: dict[str, Any], message: str):
         (lambda p: optim.AdEMAMix8bit(p, betas=(0.9, 0.9)), ValueError, "betas must be 3 numbers"),
         (lambda p: optim.AdEMAMix8bit(p, betas=(0.0, 0.9, 0.9), t_beta3=5), ValueError, "t_beta3 needs positive"),
         (lambda p: optim.AdamW8bit(p, block_wise=True), TypeError, "no option block_wise; .* has maximize, foreach"),
-        (lambda p: optim.AdamW8bit([one().data.double()]), ValueError, r"parameter 0 must be .* got float64 \[4096\]"),
-        (lambda p: optim.AdamW8bit([*p, torch.ones(3, dtype=torch.cfloat)]), ValueError, "parameter 1 .* complex64"),
+        (
+            lambda p: optim.AdamW8bit([one().data.double().requires_grad_()]),
+            ValueError,
+            r"parameter 0 must be .* got float64 \[4096\]",
+        ),
+        (
+            lambda p: optim.AdamW8bit([*p, torch.ones(3, dtype=torch.cfloat, requires_grad=True)]),
+            ValueError,
+            "parameter 1 .* complex64",
+        ),
         (
             lambda p: optim.AdamW8bit([one(9, dtype=torch.float16)], rounding="stochastic"),
             ValueError,

@@ -305,9 +305,16 @@ def test_bad_models_are_refused_before_anything_changes(llama, ids):
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj.*1 of 8192 weights are NaN"):
         octavo.quantize_model(model, "spqr", calibration=ids, progress=False)
     assert all(torch.equal(before[n], w) for n, w in weights(model).items() if "up_proj" not in n)
+    odd = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 8))
+    with pytest.raises(ValueError, match=r"group_size 16 does not divide the in_features of 0 \(40\), 1 \(40\): give"):
+        quantized(odd, [torch.zeros(2, 40)])
+
+
+def test_widths_that_groups_do_not_divide_are_left_and_named():
     odd = nn.Sequential(nn.Linear(32, 40), nn.Linear(40, 8))
-    with pytest.raises(ValueError, match=r"group_size 16 does not divide the in_features of 1 \(40\): give another"):
-        quantized(odd, [torch.zeros(2, 32)])
+    report = octavo.quantize_model(odd, "rtn", group_size=16, progress=False)
+    assert [layer.name for layer in report.layers] == ["0"] and type(odd[1]) is nn.Linear
+    assert report.skipped == {"1": "group_size 16 does not divide its in_features 40"}
 
 
 def test_calibration_that_blows_up_is_named(llama, ids):

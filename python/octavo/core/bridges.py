@@ -1,0 +1,22 @@
+"""Libraries that hear of it when octavo changes the layers of a model; none of them is imported here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from octavo_autoload import when_imported as when_imported
+from torch import nn
+
+
+def layers_changed(model: nn.Module) -> None:
+    """Tell transformers' models that their layers are others now, so that their ``save_pretrained`` says so."""
+    models = sys.modules.get("transformers.modeling_utils")
+    if hasattr(models, "PreTrainedModel"):
+        importlib.import_module("octavo.integrations.transformers").mark_all(model)
+
+
+def connect() -> None:
+    """Have peft and accelerate know octavo's layers, as soon as they are imported."""
+    for name in ("peft", "accelerate"):  # importing the bridge connects them
+        when_imported(name, lambda module: importlib.import_module(f"octavo.integrations.{module.__name__}"))
