@@ -127,7 +127,7 @@ class SumView(Tensor):
         writes = name in ("__set__", "__setitem__") or name.startswith("__i") or (name[-1:] == "_" != name[-2:-1])
         if isinstance(args[0] if args else None, SumView) and writes and name != "__invert__":
             raise read_only(args[0]._layer)
-        if func is _SLOTS["data"].__get__:
+        if func == _SLOTS["data"].__get__:
             return args[0]
         args, kwargs = tree_map_only(SumView, lambda v: v._layer.summed_weight(), (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)

@@ -235,6 +235,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.refusal:
             raise ValueError(self.refusal)
         model = unwrapped(model)
+        self.has_adapters, self.quantization_config.adapters = _adapters_of(model)  # which one is active may be new
         keep_whole(model, [name for name, _ in _quantized_layers(model)])
         state = dict(model.state_dict())
         seen: set[tuple[torch.device, int]] = set()
@@ -345,7 +346,7 @@ def _mark_one(model: Any) -> None:
     if quantizer is not None and not isinstance(quantizer, OctavoQuantizer):
         return  # another library's
     layers = _quantized_layers(model)
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    adapted, adapters = _adapters_of(model)
     prepared = [name for name, m in model.named_modules() if isinstance(m, Int8Weight) and m.prepared]
     if not (layers or adapted or prepared):
         if quantizer is not None:
@@ -359,23 +360,24 @@ def _mark_one(model: Any) -> None:
     skip = SKIP if quantizer is None else quantizer.quantization_config.skip
     common = Counter(layouts.values()).most_common(1)
     method, settings = common[0][0] if common else ("none", ())
-    config = OctavoConfig(
-        method,
-        skip=skip,
-        layers={name: {"method": m, **dict(s)} for name, (m, s) in layouts.items() if (m, s) != (method, settings)},
-        adapters={
-            name: {"adapters": {n: c._asdict() for n, c in layer.adapters.items()}, "active": layer.active_adapter}
-            for name, layer in adapted.items()
-        },
-        **dict(settings),
-    )
-    _mark(model, config)
-    model.hf_quantizer.has_adapters = bool(adapted)
+    others = {name: {"method": m, **dict(s)} for name, (m, s) in layouts.items() if (m, s) != (method, settings)}
+    _mark(model, OctavoConfig(method, skip=skip, layers=others, adapters=adapters, **dict(settings)))
+    model.hf_quantizer.has_adapters = adapted
     if prepared:
         model.hf_quantizer.refusal = (
             f"{prepared[0]} was prepared for evaluation by prepare_for_eval, which save_pretrained cannot write so "
             "that it is read again: save the model before, or its state_dict"
         )
+
+
+def _adapters_of(model: nn.Module) -> tuple[bool, dict[str, Any]]:
+    """Whether a model has adapters of octavo's, and what a configuration says of them."""
+    found = {
+        name: {"adapters": {n: c._asdict() for n, c in layer.adapters.items()}, "active": layer.active_adapter}
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoRALinear)
+    }
+    return bool(found), found
 
 
 def _mark(model: Any, config: OctavoConfig) -> None:
