@@ -18,9 +18,13 @@ _BRIDGE = "octavo.integrations.transformers"
 
 
 def register() -> None:
-    """The entry point: have transformers know octavo's quantization method, now or when it is imported."""
+    """The entry point: have transformers and diffusers know octavo's quantization method, when they are imported."""
     if os.environ.get("OCTAVO_AUTOLOAD", "1") != "0":
-        when_imported("transformers.quantizers.auto", _add_method)
+        when_imported("transformers.quantizers.auto", lambda auto: _add_method(auto, "OctavoQuantizer", _BRIDGE))
+        diffusers = "octavo.integrations.diffusers"
+        when_imported(
+            "diffusers.quantizers.auto", lambda auto: _add_method(auto, "OctavoDiffusersQuantizer", diffusers)
+        )
 
 
 def when_imported(name: str, call: Callable[[Any], object]) -> None:
@@ -82,17 +86,17 @@ _finder: Any = _Finder()
 class _Later:
     """A class of octavo's, by its name: octavo is imported when it is used."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, module: str = _BRIDGE) -> None:
+        self._name, self._module = name, module
 
     def _class(self) -> Any:
         try:
-            __import__(_BRIDGE)
+            __import__(self._module)
         except Exception as error:
             raise ImportError(
                 f"the model was quantized by octavo, which is installed and cannot be imported: {error}"
             ) from error
-        return getattr(sys.modules[_BRIDGE], self._name)
+        return getattr(sys.modules[self._module], self._name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._class()(*args, **kwargs)
@@ -101,9 +105,9 @@ class _Later:
         return getattr(self._class(), name)
 
 
-def _add_method(auto: Any) -> None:
+def _add_method(auto: Any, quantizer: str, module: str) -> None:
     quantizers = getattr(auto, "AUTO_QUANTIZER_MAPPING", None)
     configs = getattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if isinstance(quantizers, dict) and isinstance(configs, dict):
-        quantizers.setdefault("octavo", _Later("OctavoQuantizer"))
+        quantizers.setdefault("octavo", _Later(quantizer, module))
         configs.setdefault("octavo", _Later("OctavoConfig"))

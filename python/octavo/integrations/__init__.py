@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("bitsandbytes", "peft", "spqr", "transformers")
+_MODULES = ("accelerate", "bitsandbytes", "diffusers", "peft", "spqr", "transformers")
 
 
 def __getattr__(name: str) -> Any:

@@ -63,10 +63,9 @@ class Stored:
     def __init__(self, model: Any, headers: Headers) -> None:
         self.headers = headers
         self.markers: list[str] = []
-        self._leaves = {leaf for layer in stored_methods().values() for leaf in (*layer.tensors, "weight", "bias")}
         wanted = dict.fromkeys(model.state_dict(), True)
         for names in linears_of(model)[0].values():
-            wanted |= dict.fromkeys((f"{name}.{leaf}" for name in names for leaf in self._leaves), True)
+            wanted |= dict.fromkeys((f"{name}.{leaf}" for name in names for leaf in _leaves()), True)
         self.tensors: dict[str, tuple[str, list[int]]] = {}
         self._converted: set[str] = set()  # made of several tensors, or parts of one
         renamings, converters = conversions(model)
@@ -91,35 +90,49 @@ class Stored:
 
     def state(self, name: str, leaves: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of a layer as the checkpoint has them, without their values."""
-        state = {}
-        for leaf in leaves:
-            dtype, shape = self.tensors.get(f"{name}.{leaf}", ("", []))
-            if dtype:
-                state[leaf] = torch.empty(shape, dtype=SAFETENSORS_DTYPES.get(dtype, torch.float64), device="meta")
-        return state
+        return {leaf: tensor for leaf, tensor in state_of_headers(name, self.tensors).items() if leaf in leaves}
 
     def method_of(self, name: str, config: Any) -> str | None:
-        """The method whose layer the checkpoint's tensors are: the checkpoint's own, or another; None for unquantized.
+        """`recognized_method`, which remembers tensors that are only to mark a layer."""
+        state = state_of_headers(name, self.tensors)
+        method = recognized_method(name, state, config)
+        if method is not None and layer_class(method).key != "weight" and "weight" in state:
+            self.markers.append(f"{re.escape(name)}\\.weight$")
+        return method
 
-        Raises:
-            ValueError: some of a layer's tensors are there without its codes.
-        """
-        state = self.state(name, self._leaves)
-        dtypes = {leaf: tensor.dtype for leaf, tensor in state.items()}
-        own: list[str] = [] if is_unquantized(config.method) else [config.method, *methods()[config.method].beside]
-        for method in dict.fromkeys((*own, *stored_methods())):
-            layer = layer_class(method)
-            if layer.recognizes(dtypes):
-                if layer.key != "weight" and "weight" in state:
-                    self.markers.append(f"{re.escape(name)}\\.weight$")
-                return method
-        if own and not state.keys() <= {"weight", "bias"}:
-            layer = layer_class(own[0])
-            if layer.key not in state:
-                raise ValueError(f"{name}: the checkpoint has no {name}.{layer.key}, but other tensors of it")
-            dtype = str(dtypes[layer.key]).removeprefix("torch.")
-            raise ValueError(f"{name}: {name}.{layer.key} is {dtype}, which codes of {own[0]} are not")
-        return None
+
+def _leaves() -> set[str]:
+    return {leaf for layer in stored_methods().values() for leaf in (*layer.tensors, "weight", "bias")}
+
+
+def state_of_headers(name: str, headers: Headers) -> dict[str, Tensor]:
+    """All tensors that any method's layer of this name may have, without their values."""
+    state = {}
+    for leaf in _leaves():
+        dtype, shape = headers.get(f"{name}.{leaf}", ("", []))
+        if dtype:
+            state[leaf] = torch.empty(shape, dtype=SAFETENSORS_DTYPES.get(dtype, torch.float64), device="meta")
+    return state
+
+
+def recognized_method(name: str, state: Mapping[str, Tensor], config: Any) -> str | None:
+    """The method whose layer these tensors are: the checkpoint's own, or another; None for an unquantized one.
+
+    Raises:
+        ValueError: some of a layer's tensors are there without its codes.
+    """
+    dtypes = {leaf: tensor.dtype for leaf, tensor in state.items()}
+    own: list[str] = [] if is_unquantized(config.method) else [config.method, *methods()[config.method].beside]
+    for method in dict.fromkeys((*own, *stored_methods())):
+        if layer_class(method).recognizes(dtypes):
+            return method
+    if own and not state.keys() <= {"weight", "bias"}:
+        layer = layer_class(own[0])
+        if layer.key not in state:
+            raise ValueError(f"{name}: the checkpoint has no {name}.{layer.key}, but other tensors of it")
+        dtype = str(dtypes[layer.key]).removeprefix("torch.")
+        raise ValueError(f"{name}: {name}.{layer.key} is {dtype}, which codes of {own[0]} are not")
+    return None
 
 
 def conversions(model: Any) -> tuple[list[Any], list[Any]]:

@@ -352,22 +352,35 @@ def _mark_one(model: Any) -> None:
         if quantizer is not None:
             quantizer.remove_quantization_config(model)
         return
-    layouts = {}
-    for name, layer in layers:
-        known = methods()[layer.stored_as].layout_defaults()
-        kept = {key: value for key, value in layer.configuration().items() if key in known}
-        layouts[name] = (layer.stored_as, tuple(kept.items()))
-    skip = SKIP if quantizer is None else quantizer.quantization_config.skip
-    common = Counter(layouts.values()).most_common(1)
-    method, settings = common[0][0] if common else ("none", ())
-    others = {name: {"method": m, **dict(s)} for name, (m, s) in layouts.items() if (m, s) != (method, settings)}
-    _mark(model, OctavoConfig(method, skip=skip, layers=others, adapters=adapters, **dict(settings)))
+    _mark(model, describe_layers(model, None if quantizer is None else quantizer.quantization_config, adapters))
     model.hf_quantizer.has_adapters = adapted
     if prepared:
         model.hf_quantizer.refusal = (
             f"{prepared[0]} was prepared for evaluation by prepare_for_eval, which save_pretrained cannot write so "
             "that it is read again: save the model before, or its state_dict"
         )
+
+
+def describe_layers(model: nn.Module, before: OctavoConfig | None, adapters: Any = None) -> OctavoConfig:
+    """The configuration of the quantized layers that a model has: what most of them have in common, and the others.
+
+    Example:
+        >>> import octavo, torch
+        >>> from octavo.integrations.transformers import describe_layers
+        >>> model = torch.nn.Sequential(octavo.nn.NF4Linear.from_linear(torch.nn.Linear(64, 64), blocksize=128))
+        >>> describe_layers(model, None).blocksize
+        128
+    """
+    layouts = {}
+    for name, layer in _quantized_layers(model):
+        known = methods()[layer.stored_as].layout_defaults()
+        kept = {key: value for key, value in layer.configuration().items() if key in known}
+        layouts[name] = (layer.stored_as, tuple(kept.items()))
+    common = Counter(layouts.values()).most_common(1)
+    method, settings = common[0][0] if common else ("none", ())
+    others = {name: {"method": m, **dict(s)} for name, (m, s) in layouts.items() if (m, s) != (method, settings)}
+    skip = SKIP if before is None else before.skip
+    return OctavoConfig(method, skip=skip, layers=others, adapters=adapters, **dict(settings))
 
 
 def _adapters_of(model: nn.Module) -> tuple[bool, dict[str, Any]]:
