@@ -9,6 +9,7 @@ directories, because the shapes of their tensors are not those of the model.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -18,13 +19,16 @@ _BRIDGE = "octavo.integrations.transformers"
 
 
 def register() -> None:
-    """The entry point: have transformers and diffusers know octavo's quantization method, when they are imported."""
+    """The entry point: have transformers and diffusers know octavo's quantization method, unless it is turned off."""
     if os.environ.get("OCTAVO_AUTOLOAD", "1") != "0":
-        when_imported("transformers.quantizers.auto", lambda auto: _add_method(auto, "OctavoQuantizer", _BRIDGE))
-        diffusers = "octavo.integrations.diffusers"
-        when_imported(
-            "diffusers.quantizers.auto", lambda auto: _add_method(auto, "OctavoDiffusersQuantizer", diffusers)
-        )
+        connect()
+
+
+def connect() -> None:
+    """Add the method to the tables of transformers and diffusers, now or when they are imported."""
+    for library, quantizer in (("transformers", "OctavoQuantizer"), ("diffusers", "OctavoDiffusersQuantizer")):
+        bridge = f"octavo.integrations.{library}"
+        when_imported(f"{library}.quantizers.auto", functools.partial(_add_method, quantizer, bridge))
 
 
 def when_imported(name: str, call: Callable[[Any], object]) -> None:
@@ -105,7 +109,7 @@ class _Later:
         return getattr(self._class(), name)
 
 
-def _add_method(auto: Any, quantizer: str, module: str) -> None:
+def _add_method(quantizer: str, module: str, auto: Any) -> None:
     quantizers = getattr(auto, "AUTO_QUANTIZER_MAPPING", None)
     configs = getattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", None)
     if isinstance(quantizers, dict) and isinstance(configs, dict):

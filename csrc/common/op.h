@@ -80,6 +80,19 @@ inline void check_rows(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() >= 1, op, ": ", name, " must have at least 1 dimension, got a scalar");
 }
 
+// Row offsets of n rows with `count` entries in all, as they lie in the host's memory.
+template <class T>
+void check_row_offsets(const char* op, const T* at, int64_t n, int64_t count) {
+  STD_TORCH_CHECK(at[0] == 0, op, ": row_offsets must begin with 0, got ", at[0]);
+  STD_TORCH_CHECK(at[n] == count, op, ": row_offsets must end with the number of entries, ", count, ", got ", at[n]);
+  T decreasing = 0;
+  for (int64_t i = 0; i < n; ++i) decreasing |= static_cast<T>(at[i] > at[i + 1]);
+  if (decreasing == 0) return;
+  int64_t i = 0;
+  while (at[i] <= at[i + 1]) ++i;
+  STD_TORCH_CHECK(false, op, ": row_offsets must not decrease, got ", at[i], ", ", at[i + 1], " at ", i, ", ", i + 1);
+}
+
 inline void check_length(const char* op, const char* name, const Tensor& t, int64_t length, const char* meaning) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == length, op, ": ", name, " must have shape [", length, "] (", meaning,
                   "), got ", shape_of(t));

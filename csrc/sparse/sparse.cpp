@@ -50,21 +50,8 @@ struct CsrTensors {
 
  private:
   void check_offsets(const char* op) const {
-    s.wide ? check_offsets(op, static_cast<const int64_t*>(s.offsets))
-           : check_offsets(op, static_cast<const int32_t*>(s.offsets));
-  }
-
-  template <class T>
-  void check_offsets(const char* op, const T* at) const {
-    STD_TORCH_CHECK(at[0] == 0, op, ": row_offsets must begin with 0, got ", at[0]);
-    STD_TORCH_CHECK(at[s.n] == s.nnz, op, ": row_offsets must end with the number of entries, ", s.nnz, ", got ",
-                    at[s.n]);
-    T decreasing = 0;
-    for (int64_t i = 0; i < s.n; ++i) decreasing |= static_cast<T>(at[i] > at[i + 1]);
-    if (decreasing == 0) return;
-    int64_t i = 0;
-    while (at[i] <= at[i + 1]) ++i;
-    STD_TORCH_CHECK(false, op, ": row_offsets must not decrease, got ", at[i], ", ", at[i + 1], " at ", i, ", ", i + 1);
+    s.wide ? check_row_offsets(op, static_cast<const int64_t*>(s.offsets), s.n, s.nnz)
+           : check_row_offsets(op, static_cast<const int32_t*>(s.offsets), s.n, s.nnz);
   }
 };
 

@@ -96,6 +96,7 @@ SpqrWeight check_weight(const char* op, Held& held, const Tensor& first, const T
   if (outliers.size(0) > 0) {
     w.outliers = held.keep<uint32_t>(outliers);
     w.row_offsets = held.keep<int32_t>(row_offsets);
+    if (row_offsets.is_cpu()) check_row_offsets(op, w.row_offsets, n, outliers.size(0));
   }
   if (perm) {
     check_dtype(op, "perm", *perm, ScalarType::Int);

@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import Any
 
+from octavo_autoload import connect as connect_methods
 from octavo_autoload import when_imported as when_imported
 from torch import nn
 
@@ -23,6 +24,7 @@ def layers_changed(model: nn.Module) -> None:
 
 
 def connect() -> None:
-    """Have peft and accelerate know octavo's layers, as soon as they are imported."""
+    """Have other libraries know octavo's method and layers, as soon as they are imported."""
+    connect_methods()
     for name in ("peft", "accelerate"):  # importing the bridge connects them
         when_imported(name, lambda module: importlib.import_module(f"octavo.integrations.{module.__name__}"))

@@ -43,30 +43,37 @@ def is_linear(module: nn.Module) -> bool:
         _known[cls] = _computes_the_same(cls)
     if not _known[cls] or ("forward" in vars(module) and not hasattr(module, "_hf_hook")):
         return False
-    return not module._modules and not module._buffers and module._parameters.keys() <= {"weight", "bias"}
+    own = {name for name in vars(module) if not name.startswith("_")} - _ATTRIBUTES
+    return not (own or module._modules or module._buffers) and module._parameters.keys() <= {"weight", "bias"}
+
+
+_ATTRIBUTES = {"training", "in_features", "out_features", "forward"}  # of an instance: forward is accelerate's
+_METHODS = {"forward", "extra_repr", "reset_parameters"}
 
 
 def _computes_the_same(cls: type[nn.Module]) -> bool:
-    if cls.__call__ is not nn.Module.__call__:
+    between = cls.__mro__[: cls.__mro__.index(nn.Linear)]
+    names = {name for c in between for name in vars(c) if not name.startswith("__")}
+    if cls.__call__ is not nn.Module.__call__ or not names <= _METHODS:
         return False
     if cls.forward is nn.Linear.forward:
         return True
-    probe: Any = cls.__new__(cls)
-    nn.Module.__init__(probe)
     generator = torch.Generator().manual_seed(0)
-    probe.in_features, probe.out_features = 3, 2
-    x = torch.randn(2, 3, generator=generator)
     try:
         with torch.no_grad(), torch.device("cpu"):
-            for training in (True, False):
-                probe.training = training
-                probe.weight = nn.Parameter(torch.randn(2, 3, generator=generator))
-                probe.bias = nn.Parameter(torch.randn(2, generator=generator))
-                for bias in (probe.bias, None):
-                    probe.bias = bias
-                    y = cls.forward(probe, x)
-                    if not torch.allclose(y, F.linear(x, probe.weight, bias)):
-                        return False
+            for n, k in ((2, 3), (16, 8)):
+                probe: Any = cls.__new__(cls)
+                nn.Module.__init__(probe)
+                probe.in_features, probe.out_features = k, n
+                probe.weight = nn.Parameter(torch.randn(n, k, generator=generator))
+                some = nn.Parameter(torch.randn(n, generator=generator))
+                for training in (True, False):
+                    probe.training = training
+                    for bias, shape in ((some, (2, k)), (None, (4, 3, k)), (some, (k,))):
+                        probe.bias = bias
+                        x = torch.randn(shape, generator=generator) * 10
+                        if not torch.allclose(cls.forward(probe, x), F.linear(x, probe.weight, bias), atol=1e-4):
+                            return False
     except Exception:  # what it needs besides is not there
         return False
     return True

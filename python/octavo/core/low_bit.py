@@ -76,7 +76,6 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
     bias: nn.Parameter | None  # type: ignore[assignment]
     compute_dtype: torch.dtype
     _stored = False
-    _reading = False
     _octavo_transposed = False  # whether it was a Conv1D of transformers: see linears.py
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype | None = None) -> None:
@@ -99,18 +98,31 @@ class LowBitLinear(FrozenBuffers, nn.Linear, ABC):
         """As of every module; codes may have the name ``weight``."""
         if name not in (self.key, "weight"):
             return super().register_buffer(name, tensor, persistent)
+        self._check_codes(name, tensor)
         self._buffers[name] = tensor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of every module; codes may have the name ``weight``."""
+        if name.startswith("weight_"):  # of torch's pruning and norms, which take the weight away at once
+            raise read_only(self)
         if name not in (self.key, "weight"):
             return super().register_parameter(name, param)
+        self._check_codes(name, param)
         self._parameters[name] = param
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A float weight in the place of codes would be multiplied by as if it were codes.
-        if name == "weight" and (self.key != name or (value is not None and value.dtype in WIDE_FLOATS)):
+    def _check_codes(self, name: str, value: Any) -> None:
+        """A float weight in the place of codes would be multiplied by as if it were codes."""
+        if self.key != name or value is None or value.dtype in WIDE_FLOATS:
             raise read_only(self)
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            raise read_only(self)
+        super().__delattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._check_codes(name, value)
         if name == self.key and isinstance(value, Tensor):
             value = self.unflattened({name: value}, self._sizes())[name]
         super().__setattr__(name, value)

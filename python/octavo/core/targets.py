@@ -62,6 +62,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def as_patterns(what: str, patterns: str | Iterable[str] | None) -> tuple[str, ...]:
     """One pattern or several, as a tuple. ValueError for anything else."""
+    if not isinstance(patterns, str | Iterable | None):
+        raise ValueError(f"{what} must be a list of patterns, got {patterns!r}")
     found = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
     if not all(isinstance(pattern, str) for pattern in found):
         raise ValueError(f"{what} must be a list of patterns, got {patterns!r}")
@@ -188,12 +190,24 @@ def linears_of(model: nn.Module) -> tuple[dict[nn.Module, list[str]], dict[str, 
     """The linear layers of a model, with all their names, and its other weights of matrix products, with a reason."""
     found: dict[nn.Module, list[str]] = {}
     others: dict[str, str] = {}
+    adapters = parts_of_adapters(model)
     for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in adapters:
+            continue
         if is_linear(module) or is_conv1d(module):
             found.setdefault(module, []).append(name)
         elif not isinstance(module, LowBitLinear) and (reason := _other_product(module)):
             others[name] = reason
     return found, others
+
+
+def parts_of_adapters(model: nn.Module) -> set[int]:
+    """The ids of modules that are an adapter's, of PEFT say, and not of the layer that it adapts."""
+    parts: set[int] = set()
+    for module in model.modules():
+        if isinstance(base := getattr(module, "base_layer", None), nn.Module):
+            parts |= {id(m) for m in module.modules()} - {id(m) for m in base.modules()} - {id(module)}
+    return parts
 
 
 def _other_product(module: nn.Module) -> str:

@@ -3,12 +3,15 @@ forward."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
+
+_reading = threading.local()  # the layers whose weight this thread is dequantizing
 
 
 class WeightView(Tensor):
@@ -49,14 +52,15 @@ gives a torch.nn.Linear, merge_adapter puts an adapter into the weights
         """The weight as a tensor like any other."""
         if self.device.type == "meta":
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
-        if self._layer._reading:
+        layers: set[int] = _reading.__dict__.setdefault("layers", set())
+        if id(self._layer) in layers:
             kind = type(self._layer).__name__
             raise RuntimeError(f"{kind}._dequantized reads {kind}.weight, which it makes: its codes are {kind}.codes")
-        self._layer._reading = True
+        layers.add(id(self._layer))
         try:
             found: Tensor = self._layer._dequantized(self.dtype)
         finally:
-            self._layer._reading = False
+            layers.discard(id(self._layer))
         return found
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -73,7 +77,7 @@ gives a torch.nn.Linear, merge_adapter puts an adapter into the weights
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in _WRITES or (func in _GRADIENTS and (args[1:] or (True,))[0]):
-            raise read_only(args[0]._layer if isinstance(args[0], WeightView) else None)
+            raise read_only(next((a._layer for a in args if isinstance(a, WeightView)), None))
         with torch._C.DisableTorchFunctionSubclass():  # results are tensors like any other
             return func(*args, **kwargs or {})
 
@@ -82,13 +86,65 @@ gives a torch.nn.Linear, merge_adapter puts an adapter into the weights
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, WeightView) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise read_only(value._layer)
+        _refuse_writes(func, args, kwargs)
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return WeightView(args[0]._layer)
+        layer = next((a._layer for a in args if isinstance(a, WeightView)), None)
         args, kwargs = tree_map_only(WeightView, WeightView.dequantized, (tuple(args), dict(kwargs)))
-        return func(*args, **kwargs)
+        return _Part.of(func, func(*args, **kwargs), layer)
+
+
+def _refuse_writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    for i, argument in enumerate(func._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, WeightView | _Part):
+                    raise read_only(tensor._layer)
+
+
+class _Part(Tensor):
+    """A view of a dequantized weight, which cannot be written to either: ``layer.weight[0]``."""
+
+    _layer: Any
+    _tensor: Tensor
+
+    @staticmethod
+    def of(func: Any, result: Any, layer: Any) -> Any:
+        """The result of an operation; as such where it is a view of its input."""
+        if layer is None or not any(r.alias_info is not None for r in func._schema.returns):
+            return result
+        return tree_map_only(Tensor, lambda t: _Part(t, layer), result)
+
+    @staticmethod
+    def __new__(cls, tensor: Tensor, layer: Any) -> _Part:
+        part: _Part = Tensor._make_wrapper_subclass(
+            cls, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        part._tensor, part._layer = tensor, layer
+        return part
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self._tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._tensor.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._tensor.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _refuse_writes(func, args, kwargs)
+        layer = next((a._layer for a in args if isinstance(a, _Part)), None)
+        args, kwargs = tree_map_only(_Part, lambda p: p._tensor, (tuple(args), dict(kwargs)))
+        args, kwargs = tree_map_only(WeightView, WeightView.dequantized, (args, kwargs))
+        return _Part.of(func, func(*args, **kwargs), layer)
 
 
 class SumView(Tensor):

@@ -61,7 +61,7 @@ class Stored:
     """
 
     def __init__(self, model: Any, headers: Headers) -> None:
-        self.headers = headers
+        self.model, self.headers = model, headers
         self.markers: list[str] = []
         wanted = dict.fromkeys(model.state_dict(), True)
         for names in linears_of(model)[0].values():

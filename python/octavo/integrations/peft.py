@@ -29,6 +29,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..core.checks import device_of
+from ..core.linears import is_stored_transposed, store_transposed
 from ..core.low_bit import LowBitLinear
 from ..lora.linear import exact_weight, rounded_linear
 from ..lora.peft_format import BASE_KEPT
@@ -171,6 +172,8 @@ class OctavoLoraLinear(Linear):  # type: ignore[misc]
         try:
             super().merge(safe_merge=False, adapter_names=merged)
             layer = rounded_linear(self.base_layer.weight.detach(), base.bias, base.compute_dtype, adapters)
+            if is_stored_transposed(base):
+                store_transposed(layer)
         except BaseException:
             self.base_layer, self.merged_adapters[:] = before, held
             raise

@@ -11,26 +11,27 @@ any method, LoRA adapters, also on an unquantized base.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..core.linears import from_conv1d, is_conv1d, is_stored_transposed
+from ..core.linears import is_stored_transposed
 from ..core.low_bit import LowBitLinear
-from ..core.method import Method, find_method, is_unquantized, layer_class, methods
+from ..core.method import Method, find_method, is_unquantized, methods
 from ..core.targets import SKIP, as_patterns, find_targets, linears_of
 from ..lora.layers import unwrapped
 from ..lora.linear import LoRAConfig, LoRALinear
 from ..switchback.linear import Int8Weight
 from ._checkpoint import Stored, keep_whole, read_headers
+from ._construction import check_adapters, like, offload_codes, sizes_of, stored_layer, wrap
 
 FORMAT_VERSION = 1
 
@@ -79,6 +80,9 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = "octavo"
         self.skip = list(as_patterns("skip", skip))
         self.format_version = format_version
+        for what, value in (("layers", layers), ("adapters", adapters)):
+            if not isinstance(value, Mapping | None):
+                raise ValueError(f"{what} must be a mapping of names of layers, got {value!r}")
         self.layers = {name: _checked_layer(name, given) for name, given in (layers or {}).items()}
         self.adapters = {name: _checked_adapters(name, given) for name, given in (adapters or {}).items()}
         if is_unquantized(method):
@@ -108,7 +112,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _checked_layer(name: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping) or given.get("method") not in methods():
+    if not isinstance(given, Mapping) or str(given.get("method")) not in methods():
         raise ValueError(f"quantization_config has layers[{name!r}] = {given!r}, without a method that octavo knows")
     method = methods()[given["method"]]
     layout = {key: value for key, value in given.items() if key != "method"}
@@ -120,7 +124,10 @@ def _checked_adapters(name: str, given: Any) -> dict[str, Any]:
     try:
         for adapter, settings in given["adapters"].items():
             LoRAConfig(**settings).check()
-            str(adapter)
+            if settings["rank"] > 1 << 20:
+                raise ValueError(f"rank of {adapter} is {settings['rank']}")
+        if given["active"] is not None and str(given["active"]) not in given["adapters"]:
+            raise ValueError(f"active is {given['active']!r}")
         return {"adapters": dict(given["adapters"]), "active": given["active"]}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"quantization_config has adapters[{name!r}] = {given!r}: {error!r}") from None
@@ -185,10 +192,12 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         stored = Stored(model, read_headers(checkpoint_files or ()) if headers is None else headers)
         if self.pre_quantized:
             self.has_adapters = bool(config.adapters)
-            _wrap(model, config.adapters)
+            wrap(model, config.adapters)
             stored = Stored(model, stored.headers)
+            if stored.headers:
+                check_adapters(stored, config, model)
             for name, linear in ((names[0], module) for module, names in linears_of(model)[0].items()):
-                if (new := _stored_layer(name, linear, stored, config)) is not None:
+                if (new := stored_layer(name, linear, stored, config)) is not None:
                     model.set_submodule(name, new.train(linear.training))
             if not (_quantized_layers(model) or config.adapters):
                 raise ValueError(f"the checkpoint of {type(model).__name__} has no quantized layer of {config.method}")
@@ -202,10 +211,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             shape = tuple(weight.shape)
             if all(stored.has_weight(name, shape) for name in target.names[:1]):
                 linear = target.linear
-                sizes = _sizes(linear)
+                sizes = sizes_of(linear)
                 new = self._method.layer.from_configuration(sizes | config.layout(), linear.weight.dtype)
                 for name in target.names:
-                    model.set_submodule(name, _like(linear, new).train(linear.training))
+                    model.set_submodule(name, like(linear, new).train(linear.training))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         # Of a checkpoint of octavo's it is not asked whether to quantize, but whether shapes may differ.
@@ -218,11 +227,17 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, layer in _quantized_layers(model):
             if not self.pre_quantized and layer.qweight.is_meta:
-                _offload_codes(layer, name, self.get_quantize_ops())
+                offload_codes(model, layer, name, self.get_quantize_ops())
             errors = layer.errors(layer.state_dict(), layer.configuration())
             if errors:
                 where = "" if self.pre_quantized else ": the checkpoint's weight holds NaN or Inf"
                 raise ValueError(f"{name}: {errors[0]}{where}")
+        for name, layer in model.named_modules():
+            base = getattr(layer, "base_layer", None)
+            if isinstance(layer, LoRALinear) and type(base) is nn.Linear and is_stored_transposed(base):
+                if base.weight.is_meta:
+                    raise ValueError(f"{name} is a Conv1D with adapters, which cannot be offloaded to disk")
+                base.weight = nn.Parameter(base.weight.detach().t(), requires_grad=False)
         if self.has_adapters:
             trained = {id(p) for m in model.modules() if isinstance(m, LoRALinear) for p in m.adapter_parameters()}
             for parameter in model.parameters():
@@ -235,7 +250,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.refusal:
             raise ValueError(self.refusal)
         model = unwrapped(model)
-        self.has_adapters, self.quantization_config.adapters = _adapters_of(model)  # which one is active may be new
+        _refresh(model, self)
         keep_whole(model, [name for name, _ in _quantized_layers(model)])
         state = dict(model.state_dict())
         seen: set[tuple[torch.device, int]] = set()
@@ -257,6 +272,11 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         if isinstance(dtype, str):  # a configuration that was saved once holds these
             dtype = getattr(torch, dtype.removeprefix("torch."))
+        if adapted := next((name for name, m in model.named_modules() if isinstance(m, LoRALinear)), None):
+            raise ValueError(
+                f"{adapted} has LoRA adapters: octavo.merge_adapter(model, keep=False) puts one into float weights, "
+                "octavo.remove_lora takes them away"
+            )
         for name, layer in _quantized_layers(model):
             model.set_submodule(name, layer.dequantize(dtype))
         return model
@@ -361,6 +381,31 @@ def _mark_one(model: Any) -> None:
         )
 
 
+def _refresh(model: Any, quantizer: OctavoQuantizer) -> None:
+    """Bring the configuration to what the layers are by now: some may have been replaced or changed one by one."""
+    config = quantizer.quantization_config
+    quantizer.has_adapters, adapters = _adapters_of(model)
+    layers = _quantized_layers(model)
+    if not layers and not adapters:
+        quantizer.remove_quantization_config(model)
+        return
+    if not all(_says(config, name, layer) for name, layer in layers) or not (layers or is_unquantized(config.method)):
+        config = describe_layers(model, config)
+    config.adapters = adapters
+    quantizer.quantization_config = model.config.quantization_config = config
+
+
+def _says(config: OctavoConfig, name: str, layer: Any) -> bool:
+    """Whether a configuration makes this layer."""
+    known = methods()[layer.stored_as].layout_defaults()
+    own = {key: value for key, value in layer.configuration().items() if key in known}
+    if (override := config.layers.get(name)) is not None:
+        return bool(override == {"method": layer.stored_as, **own})
+    if is_unquantized(config.method) or layer.stored_as not in (config.method, *methods()[config.method].beside):
+        return False
+    return own == config.layout(layer.stored_as)
+
+
 def describe_layers(model: nn.Module, before: OctavoConfig | None, adapters: Any = None) -> OctavoConfig:
     """The configuration of the quantized layers that a model has: what most of them have in common, and the others.
 
@@ -395,8 +440,14 @@ def _adapters_of(model: nn.Module) -> tuple[bool, dict[str, Any]]:
 
 def _mark(model: Any, config: OctavoConfig) -> None:
     _count_parameters_of(type(model))
+    if getattr(model, "hf_quantizer", None) is None and model.base_model is not model:
+        shared = model.config  # perhaps with another model, of which nothing is to be said
+        own = copy.copy(shared)
+        for module in model.modules():
+            if getattr(module, "config", None) is shared:
+                module.config = own
     model.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
+    model.is_quantized = not is_unquantized(config.method)
     model.quantization_method = config.quant_method
     model.config.quantization_config = config
 
@@ -423,74 +474,3 @@ def _count_parameters_of(cls: Any) -> None:
 
 def _quantized_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LowBitLinear)]
-
-
-# ---- the layers of a model under construction ------------------------------------------------------------------------
-
-
-def _sizes(linear: Any) -> dict[str, Any]:
-    if is_conv1d(linear):
-        return {"in_features": linear.nx, "out_features": linear.nf, "bias": True}
-    return {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
-
-
-def _like(linear: Any, new: LowBitLinear) -> LowBitLinear:
-    """A new layer, to compute in the dtype of the one whose place it takes."""
-    new.compute_dtype = linear.weight.dtype
-    new._octavo_transposed = is_conv1d(linear) or is_stored_transposed(linear)
-    return new
-
-
-def _wrap(model: nn.Module, adapters: Mapping[str, Any]) -> None:
-    """Give layers the adapters that a configuration names, without values."""
-    for name, given in adapters.items():
-        try:
-            base: Any = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"quantization_config has adapters of {name}, which {type(model).__name__} lacks"
-            ) from None
-        base = from_conv1d(base) if is_conv1d(base) else base
-        model.set_submodule(name, LoRALinear.on_meta(base, given["adapters"], given["active"]))
-
-
-def _stored_layer(name: str, linear: Any, stored: Stored, config: OctavoConfig) -> LowBitLinear | None:
-    """The module that takes the place of `linear`, on the meta device, with room for what the checkpoint has; None: it
-    stays."""
-    override = config.layers.get(name, {})
-    method = override.get("method") or stored.method_of(name, config)
-    if method is None:
-        return None
-    cls, dtype = layer_class(method), linear.weight.dtype
-    described = _sizes(linear) | config.layout(method) | {k: v for k, v in override.items() if k != "method"}
-    state = cls.unflattened(stored.state(name, (*cls.tensors, "bias")), described)
-    described |= cls.read_from(state)
-    if missing := sorted(cls.tensor_names(described) - state.keys()):
-        raise ValueError(f"{name}: the checkpoint has no {name}.{missing[0]}")
-    new = cls.from_configuration(described, dtype)
-    if errors := cls.tensor_errors(state, described):
-        raise ValueError(f"{name}: {errors[0]}")
-    new.fit_to(state)
-    return _like(linear, new)
-
-
-def _offload_codes(layer: Any, name: str, quantize: ConversionOps) -> None:
-    """Put the codes of a layer on disk where transformers left the unquantized weight.
-
-    A weight that is offloaded to disk is read from the checkpoint's own file at every call, whatever was made of it
-    while loading.
-    """
-    from transformers.integrations.accelerate import offload_weight
-
-    hooks = getattr(layer._hf_hook, "hooks", [layer._hf_hook])
-    files = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
-    entry = files.index[f"{name}.weight"]
-    with safe_open(entry["safetensors_file"], framework="pt") as file:
-        weight = file.get_tensor(entry["weight_name"])
-    if not weight.is_floating_point():
-        return
-    if bad := weight.numel() - int(weight.isfinite().sum()):
-        raise ValueError(f"{name}: {bad} of {weight.numel()} of the checkpoint's weights are NaN or Inf")
-    for key, tensor in quantize.convert({f"{name}.weight": weight}).items():
-        if getattr(layer, key.rpartition(".")[2]).is_meta:  # the others stay in memory
-            offload_weight(tensor, key, files.save_folder, files.index)

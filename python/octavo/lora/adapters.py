@@ -380,7 +380,7 @@ def _fit(model: nn.Module, layers: Names, saved: peft_format.SavedAdapter) -> di
         layer = by_name.get(stored)
         if layer is None:
             problems.append(f"{stored}, which {_instead(model, stored)}")
-        elif (theirs := [b.shape[0], a.shape[1]]) != (ours := [layer.out_features, layer.in_features]):
+        elif (theirs := [b.shape[0], a.shape[1]]) != (ours := _shape(layer)):
             problems.append(f"{stored} as a weight of {theirs}, which is {ours} in the model")
         else:
             chosen.setdefault(layer, stored)
@@ -400,6 +400,10 @@ def _fit(model: nn.Module, layers: Names, saved: peft_format.SavedAdapter) -> di
             "tensors"
         )
     return chosen
+
+
+def _shape(layer: Any) -> list[int]:
+    return [layer.nf, layer.nx] if is_conv1d(layer) else [layer.out_features, layer.in_features]
 
 
 def _instead(model: nn.Module, name: str) -> str:

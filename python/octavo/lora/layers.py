@@ -7,7 +7,7 @@ from torch import nn
 from ..core.linears import is_conv1d
 from ..core.linears import is_linear as plain_linear
 from ..core.low_bit import LowBitLinear
-from ..core.targets import read_by_torch
+from ..core.targets import parts_of_adapters, read_by_torch
 from ..core.targets import unwrapped as unwrapped
 from .linear import LoRALinear
 
@@ -16,7 +16,7 @@ Names = dict[nn.Module, list[str]]  # every layer, with all names that it has in
 
 def linear_layers(model: nn.Module) -> Names:
     """`LoRALinear` layers, and linear layers that can become such."""
-    fused = read_by_torch(model)
+    fused = read_by_torch(model) | parts_of_adapters(model)
     inner = {id(module) for layer in model.modules() if isinstance(layer, LoRALinear) for module in layer.modules()}
     found: Names = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -95,6 +95,23 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, LowBitLinear))
 
 
+class AdapterTensors(nn.ParameterDict):
+    """A or B of the adapters of a layer. It is called for one, so that accelerate's hooks bring what is offloaded.
+
+    Example:
+        >>> import octavo, torch
+        >>> layer = octavo.nn.LoRALinear(torch.nn.Linear(4, 2), rank=1)
+        >>> layer.lora_A("default") is layer.lora_A["default"]
+        True
+    """
+
+    __call__ = nn.Module.__call__  # torch.nn.ParameterDict's raises
+
+    def forward(self, name: str) -> Tensor:
+        """The tensor of an adapter."""
+        return self[name]  # type: ignore[no-any-return]
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer, in 4, 8 or 16 bit, with low-rank adapters (LoRA, arXiv 2106.09685; QLoRA, 2305.14314).
 
@@ -137,8 +154,8 @@ class LoRALinear(nn.Module):
     """
 
     base_layer: Any
-    lora_A: nn.ParameterDict
-    lora_B: nn.ParameterDict
+    lora_A: AdapterTensors
+    lora_B: AdapterTensors
     active_adapter: str | None
     _configs: dict[str, LoRAConfig]
     _merged: tuple[nn.Module, str] | None  # in a tuple, it is no part of the module tree or its state
@@ -194,7 +211,7 @@ class LoRALinear(nn.Module):
             hint = ": give it another by add_adapter" if isinstance(base, LoRALinear) else ""
             raise TypeError(f"base must be a torch.nn.Linear or a layer of octavo.nn, got {type(base).__name__}{hint}")
         self.base_layer = base
-        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.lora_A, self.lora_B = AdapterTensors(), AdapterTensors()
         self._configs = {}
         self._merged = None
         self.active_adapter = None
@@ -227,7 +244,7 @@ class LoRALinear(nn.Module):
         base = base.dequantized() if isinstance(base, WeightView) else base
         if (name := self.active_adapter) is None:
             return base
-        a, b = self.lora_A[name], self.lora_B[name]
+        a, b = self.lora_A(name), self.lora_B(name)
         return torch.addmm(base, b.to(base.dtype), a.to(base.dtype), alpha=self._configs[name].scaling)
 
     @property
@@ -246,7 +263,7 @@ class LoRALinear(nn.Module):
         if name_or_none is None:
             return y
         config = self._configs[name_or_none]
-        a, b = self.lora_A[name_or_none], self.lora_B[name_or_none]
+        a, b = self.lora_A(name_or_none), self.lora_B(name_or_none)
         x = x.to(y.dtype)
         if config.dropout and self.training:
             x = F.dropout(x, config.dropout)

@@ -92,6 +92,6 @@ def quantize_model(
         for target in stand_ins:
             if model.get_submodule(target.names[0]) is target.linear:
                 put(model, target.names, target.module)
-    layers_changed(model)
+        layers_changed(model)
     described = (found.name, chosen.to_dict(), chosen.describe())
     return Report(*described, layers, skipped | left, bytes_before, module_bytes(model))

@@ -323,7 +323,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise ValueError(f"{where} has format_version {version!r}; octavo {__version__} reads {FORMAT_VERSION}")
     known_methods = stored_methods()
-    if (method := manifest.get("method")) not in (*known_methods, "mixed"):
+    if str(method := manifest.get("method")) not in (*known_methods, "mixed"):
         known = ", ".join(map(repr, (*known_methods, "mixed")))
         raise ValueError(f"{where} has method {method!r}; octavo {__version__} knows {known}")
     _check_keys(where, "the manifest", manifest, {"model": dict, "tensors": dict, "modules": dict, "tied": dict})
@@ -332,7 +332,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     keys = {"in_features": int, "out_features": int, "bias": bool}
     for name, config in manifest["modules"].items():
         _check_keys(where, f"module {name!r}", config, keys)
-        if config.setdefault("method", method) not in known_methods:
+        if max(config["in_features"], config["out_features"]) >= 1 << 40:  # a product of both may leave int64
+            sizes = (config["in_features"], config["out_features"])
+            raise ValueError(f"{where}: module {name!r} has (in_features, out_features) = {sizes}")
+        if str(config.setdefault("method", method)) not in known_methods:
             raise ValueError(f"{where}: module {name!r} has method = {config['method']!r}")
         if config.get("compute_dtype", "float32") not in FLOAT_NAMES:
             raise ValueError(f"{where}: module {name!r} has compute_dtype = {config['compute_dtype']!r}")

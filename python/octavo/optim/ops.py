@@ -41,7 +41,7 @@ def table_words(params: list[Tensor], absmax: list[Tensor]) -> int:
     chunks, each = 0, len(absmax) // max(len(params), 1)
     for i, param in enumerate(params):
         flat = (param.numel() + _BLOCK - 1) // _BLOCK
-        blocks = absmax[i * each].numel() or flat if each else flat  # an fp32 state has no absmax
+        blocks = absmax[i * each].numel() or flat if each and flat else flat  # an fp32 state has no absmax
         chunks += (blocks + _CHUNK_BLOCKS - 1) // _CHUNK_BLOCKS
     return _TABLE_WORDS * len(params) + (chunks + 1) // 2 + 1
 

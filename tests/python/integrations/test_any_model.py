@@ -13,31 +13,13 @@ import octavo
 import pytest
 import torch
 from octavo.core.low_bit import LowBitLinear
+from small_models import IDS, LLAMA, SIZES, gpt2, llama, logits
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-LLAMA = {**SIZES, "vocab_size": 128, "num_key_value_heads": 2, "pad_token_id": 0}
-IDS = torch.arange(16)[None]
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:transformers")
-
-
-def llama(kind="LlamaForCausalLM", **more):
-    torch.manual_seed(0)
-    return getattr(transformers, kind)(transformers.LlamaConfig(**LLAMA, **more)).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
-def logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def difference(y, exact):
