@@ -28,7 +28,7 @@ from octavo.core.method import methods
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted({info.name for info in pkgutil.walk_packages(octavo.__path__, "octavo.")} - {"octavo._C"})
-OPTIONAL = ("transformers", "accelerate", "gguf", "peft", "matplotlib")
+OPTIONAL = ("transformers", "accelerate", "gguf", "peft", "diffusers", "matplotlib")
 # What users import from: all that these modules export, or, without `__all__`, define.
 PUBLIC = (
     *("octavo", "octavo.nn", "octavo.optim", "octavo.ops", "octavo.core.method", "octavo.int8", "octavo.nf4"),
