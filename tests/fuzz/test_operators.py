@@ -15,7 +15,7 @@ import threading
 import pytest
 import torch
 from budget import MINUTES, numbers
-from calls import Guarded, run_case
+from calls import OF_MEMORY, Guarded, outcome, run_case
 from cases import CASES, Draw
 from children import in_child
 from octavo import _C
