@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..core.method import is_unquantized, layer_class, methods, stored_methods
 from ..core.targets import linears_of
@@ -152,7 +152,7 @@ def keep_whole(model: Any, names: Iterable[str]) -> None:
         entry
         for entry in found
         if isinstance(entry, WeightConverter)
-        and any(apply_converters(key, [entry.reverse_transform()])[1] is not None for key in keys)
+        and any(entry.reverse_transform().rename_source_key(key)[1] is not None for key in keys)
     ]
     if cut:
         model._weight_conversions = [entry for entry in found if entry not in cut]
