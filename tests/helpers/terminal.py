@@ -127,6 +127,7 @@ def _command(main: Any, request: dict[str, Any]) -> None:
         if request["ordinary"]:
             _give_up_privileges()
         sys.argv = ["octavo", *request["arguments"]]
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests in the background ignores it
         main()
         code = 0
     except SystemExit as end:
@@ -150,11 +151,12 @@ def _give_up_privileges() -> None:
 
 
 def _watch(child: int, terminal: int, keys: list[tuple[str, str]]) -> tuple[int, str]:
-    raw, since, left = "", 0, [*keys]
+    raw, since, left, begin = "", 0, [*keys], time.monotonic()
     while True:
-        if not select.select([terminal], [], [], PATIENCE)[0]:
+        silent = not select.select([terminal], [], [], PATIENCE)[0]
+        if silent or time.monotonic() - begin > 5 * PATIENCE:  # an answer that no signal stops
             os.kill(child, signal.SIGKILL)
-            raw += f"\nsilent for {PATIENCE:.0f} s"
+            raw += f"\n{'silent' if silent else 'not ended'} for {time.monotonic() - begin:.0f} s"
             break
         try:
             new = os.read(terminal, 65536)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.linears import is_linear
+
 
 @dataclass(frozen=True)
 class Site:
@@ -53,7 +55,7 @@ def find_sites(model: Any, ids: Tensor) -> list[Site]:
         ValueError: the model has no such layer.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and n != "lm_head"}
+    linears = {n: m for n, m in model.named_modules() if is_linear(m) and m is not head and n != "lm_head"}
     groups: dict[int, list[str]] = {}
     held = []  # an id is of one tensor only while that tensor lives
 
